@@ -1,0 +1,78 @@
+"""What flows between the floors: records of a data set, clips and batches."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Record:
+    """One labelled video of a split."""
+
+    id: str
+    path: Path
+    label: int
+    template: str  # class name as the split file spells it, without square brackets
+
+
+@dataclass(frozen=True)
+class VideoSet:
+    """One split of a data set: records, class names by label, where it lies."""
+
+    name: str  # "ssv2", "synthetic", ...
+    split: Literal["train", "validation"]
+    root: Path
+    records: tuple[Record, ...]
+    classes: tuple[str, ...]
+    subsets: dict[str, tuple[int, ...]] = field(default_factory=dict)  # "temporal" -> labels
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """How a video becomes the model's input."""
+
+    frames: int = 8
+    crop: int = 224  # pixels, square
+    short_side: tuple[int, int] = (256, 320)  # training: jitter, uniform in 1/size
+    test_short_side: int = 224
+    rand_augment: str | None = "rand-m20-mstd0.5-inc1"  # None: off
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    flow_rule: Literal["minmax", "tau"] | None = "minmax"  # None: no flow labels
+    flow_tau: float | None = None  # pixels at crop resolution, for rule "tau"
+    flow_impl: str = "auto"  # implementation of ops.farneback
+    patch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A video that could not be used."""
+
+    id: str
+    path: str
+    kind: str  # "missing", "empty", "not-a-video", "unreadable", "no-video", "corrupt", ...
+    reason: str
+
+
+@dataclass
+class Batch:
+    """B clips, or in evaluation B = videos x views, the views of one video together."""
+
+    video: torch.Tensor  # float32 [B, 3, T, height, width], normalised
+    label: torch.Tensor  # int64 [B]
+    sample: torch.Tensor  # int64 [B], index of the record in VideoSet.records
+    view: torch.Tensor  # int64 [B], view number (0 in training)
+    flow_label: torch.Tensor | None = None  # int64 [B, T-1, N], classes 0..8
+    failures: list[Failure] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        def move(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, non_blocking=True)
+
+        flow = None if self.flow_label is None else move(self.flow_label)
+        return Batch(
+            move(self.video), move(self.label), move(self.sample), move(self.view), flow,
+            self.failures,
+        )  # fmt: skip
