@@ -1,0 +1,61 @@
+"""Videos that could not be used: named, classified, counted, bounded by a budget."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from timefast.data.batch import Failure
+from timefast.errors import InputError
+
+LEAST_BUDGET = 10  # a small data set may always hold this many bad files
+
+
+class FailureLog:
+    """Keeps `failures.jsonl` of a run: one line per video, with how often it failed."""
+
+    def __init__(self, path: Path, videos: int, max_fraction: float):
+        self.path = path
+        self.budget = max(LEAST_BUDGET, int(max_fraction * videos))
+        self.videos = videos
+        self._seen: dict[str, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def add(self, failures: list[Failure]) -> list[Failure]:
+        """Count these; returns those that are new. Raises InputError when the budget is spent."""
+        new = [f for f in failures if f.path not in self._seen]
+        for failure in failures:
+            entry = {"path": failure.path, "id": failure.id, "class": failure.kind}
+            entry |= {"reason": failure.reason, "count": 0}
+            self._seen.setdefault(failure.path, entry)["count"] += 1
+        if failures:
+            self._write()
+        if len(self._seen) > self.budget:
+            raise InputError(self._over_budget())
+        return new
+
+    def state(self) -> list[dict[str, Any]]:
+        return list(self._seen.values())
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        self._seen = {entry["path"]: dict(entry) for entry in state}
+        self._write()
+
+    def _write(self) -> None:
+        side = self.path.with_name(f".tmp-{self.path.name}")
+        side.write_text("".join(json.dumps(e) + "\n" for e in self._seen.values()), "utf-8")
+        os.replace(side, self.path)
+
+    def _over_budget(self) -> str:
+        kinds = Counter(entry["class"] for entry in self._seen.values())
+        lines = [
+            f"{len(self._seen)} of {self.videos} videos cannot be used, more than the budget of "
+            f"{self.budget} (--max-bad-fraction):"
+        ]
+        lines += [f"  {count:6d}  {kind}" for kind, count in kinds.most_common()]
+        lines += [f"  {e['path']}: {e['reason']}" for e in list(self._seen.values())[:10]]
+        lines.append(f"The whole list is in {self.path}. Repair the files or raise the budget.")
+        return "\n".join(lines)
