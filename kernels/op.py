@@ -7,9 +7,10 @@ implementation runs or raises, it never falls back; `auto` takes the first imple
 no objection and says once which one that was.
 """
 
+import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,61 @@ logger = logging.getLogger("timefast")
 
 def _no_reasons(*args: Any, **kwargs: Any) -> list[str]:
     return []
+
+
+def in_float32(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a plain formula run in float32 on half-precision inputs, and round its outputs once.
+
+    float32 and float64 pass through. `__wrapped__` is the formula in the precision of its inputs:
+    tests take its rounding error in half precision as the measure for the implementations.
+    """
+
+    @functools.wraps(formula)
+    def reference(*args: Any, **kwargs: Any) -> Any:
+        dtype = args[0].dtype
+        if dtype not in (torch.float16, torch.bfloat16):
+            return formula(*args, **kwargs)
+        out = formula(*(_float(a) for a in args), **{k: _float(v) for k, v in kwargs.items()})
+        return tuple(o.to(dtype) for o in out) if isinstance(out, tuple) else out.to(dtype)
+
+    return reference
+
+
+def _float(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) else value
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the autocast dtype where autocast is on for their device (float64 stays)."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def check_like(
+    first: str,
+    model: torch.Tensor,
+    name: str,
+    x: torch.Tensor,
+    shape: Sequence[int],
+    *,
+    any_float: bool = False,
+) -> None:
+    """Raise ValueError unless `x` has this shape, and the dtype and device of `model`."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"{name}: expected {list(shape)} to go with {first} {list(model.shape)}, "
+            f"got {list(x.shape)}"
+        )
+    if x.device != model.device or (x.dtype != model.dtype and not any_float):
+        raise ValueError(
+            f"{name}: expected {model.dtype} on {model.device} like {first}, "
+            f"got {x.dtype} on {x.device}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +140,13 @@ def dispatch(op: Op, impl: str, *args: Any, **kwargs: Any) -> Any:
     """Run `op` with the implementation named, or for "auto" the first that can.
 
     Raises ValueError for an unknown name, NotImplementedError with all reasons for one that cannot
-    run. `TIMEFAST_IMPL` replaces "auto" for a whole process (read at each call, never at import).
+    run. `TIMEFAST_IMPL` replaces "auto" for a whole process (read at each call, never at import;
+    torch.compile reads it when it traces). Autocast is off inside: an op rounds where it says so.
     """
+    device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return dispatch(op, impl, *args, **kwargs)
     if impl == "auto":
         impl = os.environ.get("TIMEFAST_IMPL", "auto")
     impls = op.all_impls()
@@ -97,7 +158,6 @@ def dispatch(op: Op, impl: str, *args: Any, **kwargs: Any) -> Any:
             raise NotImplementedError(_refusal(op, {impl: reasons}, args, kwargs))
         return impls[impl].run(*args, **kwargs)
 
-    device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
     refused: dict[str, list[str]] = {}
     for name, candidate in impls.items():
         if device in candidate.auto:

@@ -20,6 +20,17 @@ Loss = Literal["order", "debias", "flow"]
 ALL_LOSSES: tuple[Loss, ...] = ("order", "debias", "flow")
 
 
+def _at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            _reject(config, name, f"at least {least}")
+
+
+def _reject(config: Any, name: str, expected: str) -> NoReturn:
+    flag = "--" + name.replace("_", "-")
+    raise InputError(f"{flag}: expected {expected}, got {getattr(config, name)}")
+
+
 def _flag(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text, **metadata})
 
@@ -291,14 +302,3 @@ def _from_plain(hint: Any, value: Any) -> Any:
     if hint is Path or Path in typing.get_args(hint):
         return Path(value)
     return value
-
-
-def _at_least(config: Any, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            _reject(config, name, f"at least {least}")
-
-
-def _reject(config: Any, name: str, expected: str) -> NoReturn:
-    flag = "--" + name.replace("_", "-")
-    raise InputError(f"{flag}: expected {expected}, got {getattr(config, name)}")

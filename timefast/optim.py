@@ -40,7 +40,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
     """Learning rate of optimizer step `step` (from 0). A function of position: nothing to save."""
     epoch = step / steps_per_epoch
     if epoch < config.warmup_epochs:
-        return config.lr * (step + 1) / (config.warmup_epochs * steps_per_epoch + 1)
+        return config.lr * min(1.0, (step + 1) / (config.warmup_epochs * steps_per_epoch))
     if config.schedule == "step":
         return config.lr * 0.1 ** sum(int(epoch) >= at for at in config.lr_steps)
     left = (epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)

@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from timefast.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from timefast.config import (
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
 from timefast.errors import InputError
 
 
@@ -73,7 +80,9 @@ def get_recipe(name: str | None, backbone: str | None, has_data: bool) -> TrainC
     if name is None:
         name = f"time_{backbone or 'timesformer'}_ssv2" if has_data else "demo"
     if name not in RECIPES:
-        raise InputError(f"--recipe {name}: there is no such recipe; there are {', '.join(RECIPES)}")
+        raise InputError(
+            f"--recipe {name}: there is no such recipe; there are {', '.join(RECIPES)}"
+        )
     config = RECIPES[name]()
     if backbone and backbone != config.model.backbone:
         if not name.endswith("demo"):

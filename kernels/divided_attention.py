@@ -1,0 +1,270 @@
+"""Divided space-time attention: over time for each patch position, over space for each frame.
+
+    time:   out[t] = sum_s softmax_s(scale * q[t] . k[s]) v[s]      for every (clip, position, head)
+    space:  the same over a frame's class token and N patches       for every (clip, frame, head)
+
+TimeSformer (Bertasius et al. 2021, section 4, "divided space-time") as TIME uses it: the class
+token takes no part in attention over time, is the same for all frames in attention over space, and
+its outputs are averaged over the frames.
+
+Letters: B clips, T frames, N patches per frame, S = 1 + N, H heads, D head width. Inputs are any
+strided views, in particular slices of one fused qkv projection: the Triton kernels
+(divided_attention_triton.py) read and write token order directly and never hold a class token per
+frame. docs/kernels/divided_attention.md has derivation and tiling.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from timefast.kernels.matmul_attention import (
+    MAX_LENGTH,
+    MatmulAttention,
+    attend,
+    attend_grad,
+    columns,
+    rows,
+)
+from timefast.kernels.op import (
+    Case,
+    Impl,
+    Op,
+    autocast,
+    check_like,
+    dispatch,
+    in_float32,
+    register,
+)
+
+
+@in_float32
+def time_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    scores = scale * torch.einsum("btnhd,bsnhd->bnhts", q, k)
+    return torch.einsum("bnhts,bsnhd->btnhd", scores.softmax(-1), v)
+
+
+def time_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    if _by_matmul(q, q.shape[1]):
+        return MatmulAttention.apply(q, k, v, scale, (0, 2, 3, 1, 4))  # as [B, N, H, T, D]
+    # Positions and heads share a dimension: a batch of B * N can exceed a CUDA grid's 65,535.
+    folded = (x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))  # [B, N*H, T, D]
+    out = F.scaled_dot_product_attention(*folded, scale=scale)
+    return out.transpose(1, 2).unflatten(2, q.shape[2:4])
+
+
+@in_float32
+def space_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor,
+    cls_k: Tensor,
+    cls_v: Tensor,
+    *,
+    frame_weight: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _with_class(q, cls_q), _with_class(k, cls_k), _with_class(v, cls_v)
+    scores = scale * torch.einsum("btnhd,btmhd->bthnm", q, k)
+    out = torch.einsum("bthnm,btmhd->btnhd", scores.softmax(-1), v)
+    return out[:, :, 1:], _over_frames(out[:, :, 0], frame_weight)
+
+
+def space_attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor,
+    cls_k: Tensor,
+    cls_v: Tensor,
+    *,
+    frame_weight: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    if _by_matmul(q, 1 + q.shape[2]):
+        out, cls_frames = _MatmulSpace.apply(q, k, v, cls_q, cls_k, cls_v, scale)
+    else:
+        tokens = (_with_class(*pair) for pair in ((q, cls_q), (k, cls_k), (v, cls_v)))
+        frames = (x.flatten(0, 1).transpose(1, 2) for x in tokens)  # [B*T, H, S, D]
+        both = F.scaled_dot_product_attention(*frames, scale=scale).transpose(1, 2)
+        both = both.unflatten(0, q.shape[:2])  # [B, T, S, H, D]
+        out, cls_frames = both[:, :, 1:], both[:, :, 0]
+    return out, _over_frames(cls_frames, frame_weight).to(q.dtype)
+
+
+def _by_matmul(q: Tensor, length: int) -> bool:
+    return q.device.type == "cpu" and length <= MAX_LENGTH
+
+
+def _with_class(x: Tensor, cls: Tensor) -> Tensor:
+    """-> [B, T, S, H, D], the class token repeated in front of every frame's patches."""
+    return torch.cat([cls[:, None, None].expand(-1, x.shape[1], -1, -1, -1), x], dim=2)
+
+
+def _over_frames(cls_frames: Tensor, frame_weight: Tensor | None) -> Tensor:
+    """Mean over the frames, or sum with weights, of [B, T, H, D]."""
+    if frame_weight is None:
+        return cls_frames.mean(1)
+    return (frame_weight.to(cls_frames.dtype)[:, :, None, None] * cls_frames).sum(1)
+
+
+class _MatmulSpace(torch.autograd.Function):
+    """As MatmulAttention; the class token joins its frame in the copy that is made anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cls_q: Tensor,
+        cls_k: Tensor,
+        cls_v: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        q_frames, k_frames, v_frames = (
+            _frames(*pair) for pair in ((q, cls_q), (k, cls_k), (v, cls_v))
+        )
+        saved = rows(q_frames), columns(k_frames), columns(v_frames)
+        out, p = attend(*saved, scale)
+        ctx.save_for_backward(*saved, p)
+        ctx.scale, ctx.shape, ctx.dtype = scale, q_frames.shape, q.dtype
+        return _patches(out.view(ctx.shape), q.dtype), out.view(ctx.shape)[:, :, :, 0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_cls: Tensor) -> tuple[Tensor | None, ...]:
+        grad_rows = rows(_frames(grad, grad_cls))
+        grads = [
+            x.view(ctx.shape)
+            for x in attend_grad(grad_rows, *ctx.saved_tensors, ctx.scale)
+        ]
+        patches = (_patches(x, ctx.dtype) for x in grads)
+        classes = (x[:, :, :, 0].sum(1).to(ctx.dtype) for x in grads)
+        return *patches, *classes, None
+
+
+def _frames(x: Tensor, cls: Tensor) -> Tensor:
+    """-> [B, T, H, S, D] float32 (float64), from patches [B, T, N, H, D] and cls [B, (T,) H, D]."""
+    clips, frames, patches, heads, width = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    both = x.new_empty(clips, frames, heads, 1 + patches, width, dtype=dtype)
+    both[:, :, :, 0] = cls if cls.dim() == 4 else cls[:, None]
+    both[:, :, :, 1:] = x.transpose(2, 3)
+    return both
+
+
+def _patches(frames: Tensor, dtype: torch.dtype) -> Tensor:
+    return frames[:, :, :, 1:].transpose(2, 3).to(dtype).contiguous()  # [B, T, N, H, D]
+
+
+TIME_ATTENTION = register(
+    Op(
+        "time_attention",
+        reference=time_attention_reference,
+        impls={"cpu": Impl(time_attention_cpu)},
+    )
+)
+SPACE_ATTENTION = register(
+    Op(
+        "space_attention",
+        reference=space_attention_reference,
+        impls={"cpu": Impl(space_attention_cpu)},
+    )
+)
+
+
+def time_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: str = "auto"
+) -> Tensor:
+    """Each patch position attends over its own frames; no class token takes part.
+
+    With T = 3 and N = 2, token (t, n) of a head sees the tokens marked x:
+
+                  (0,0) (0,1) (1,0) (1,1) (2,0) (2,1)
+           (1,0)    x     .     x     .     x     .
+           (1,1)    .     x     .     x     .     x
+
+    Args:
+        q, k, v: [B, T, N, H, D] (clips, frames, patches per frame, heads, head width), any strided
+            views of one dtype (float32, float16, bfloat16, float64) on one device. B may be 0.
+        scale: factor on q . k before the softmax; D ** -0.5 by default.
+        impl: "auto", "reference", "cpu", "triton"; `timefast.ops.implementations` lists them.
+
+    Returns:
+        [B, T, N, H, D] in the dtype of q (under autocast: of autocast).
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or `impl` is unknown.
+        NotImplementedError: the `impl` named cannot run on these inputs; all reasons are given.
+    """
+    _check(q, k, v)
+    q, k, v = autocast(q, k, v)
+    return dispatch(TIME_ATTENTION, impl, q, k, v, scale=_scale(q, scale))
+
+
+def space_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor,
+    cls_k: Tensor,
+    cls_v: Tensor,
+    *,
+    frame_weight: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Each frame's class token and patches attend within the frame.
+
+    With T = 2 and N = 2, a token of a head sees the tokens marked x; c is the class token, one per
+    clip, which asks once in every frame and gets the (weighted) mean of the answers:
+
+                          c   (0,0) (0,1) (1,0) (1,1)
+             (0,1)        x     x     x     .     .
+             (1,0)        x     .     .     x     x
+             c, frame 0   x     x     x     .     .
+
+    Args:
+        q, k, v: [B, T, N, H, D] (clips, frames, patches per frame, heads, head width), any strided
+            views of one dtype (float32, float16, bfloat16, float64) on one device. B may be 0.
+        cls_q, cls_k, cls_v: [B, H, D], the class token, the same for all frames of a clip.
+        frame_weight: [B, T] floating, weights of the frames in cls_out; 1 / T each by default.
+            Stochastic depth per frame passes mask / (T * keep).
+        scale: factor on q . k before the softmax; D ** -0.5 by default.
+        impl: "auto", "reference", "cpu", "triton", "xformers".
+
+    Returns:
+        out [B, T, N, H, D] and cls_out [B, H, D] in the dtype of q (under autocast: of autocast):
+        the patches' outputs, and sum over t of frame_weight[b, t] * the class token's output.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or `impl` is unknown.
+        NotImplementedError: the `impl` named cannot run on these inputs; all reasons are given.
+    """
+    _check(q, k, v)
+    clips, frames, _, heads, width = q.shape
+    for name, x in (("cls_q", cls_q), ("cls_k", cls_k), ("cls_v", cls_v)):
+        check_like("q", q, name, x, (clips, heads, width))
+    if frame_weight is not None:
+        check_like("q", q, "frame_weight", frame_weight, (clips, frames), any_float=True)
+    tensors = autocast(q, k, v, cls_q, cls_k, cls_v)
+    scale = _scale(q, scale)
+    return dispatch(SPACE_ATTENTION, impl, *tensors, frame_weight=frame_weight, scale=scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 5 or 0 in q.shape[1:] or not q.is_floating_point():
+        raise ValueError(
+            f"q: expected a floating [B, T, N, H, D], only B may be 0; "
+            f"got {q.dtype} {list(q.shape)}"
+        )
+    check_like("q", q, "k", k, q.shape)
+    check_like("q", q, "v", v, q.shape)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -1,0 +1,76 @@
+"""Attention of the flow head: the patches of frame t + 1 ask the patches of frame t.
+
+    out = softmax(scale * q k^T) v      for every (clip, pair of neighbouring frames)
+
+TIME (its flow-prediction head) uses one head as wide as the model, C = 768, where library kernels
+end at 128 or 256. Letters: B clips, P = T - 1 frame pairs, N patches per frame, C width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timefast.kernels.matmul_attention import MAX_LENGTH, MatmulAttention
+from timefast.kernels.op import (
+    Case,
+    Impl,
+    Op,
+    autocast,
+    check_like,
+    dispatch,
+    in_float32,
+    register,
+)
+
+
+@in_float32
+def pairwise_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    scores = scale * torch.einsum("bpnc,bpmc->bpnm", q, k)
+    return torch.einsum("bpnm,bpmc->bpnc", scores.softmax(-1), v)
+
+
+def pairwise_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    if q.device.type == "cpu" and q.shape[2] <= MAX_LENGTH:
+        return MatmulAttention.apply(q, k, v, scale, (0, 1, 2, 3))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+PAIRWISE_ATTENTION = register(
+    Op(
+        "pairwise_attention",
+        reference=pairwise_attention_reference,
+        impls={"cpu": Impl(pairwise_attention_cpu)},
+    )
+)
+
+
+def pairwise_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: str = "auto"
+) -> Tensor:
+    """Patches of the later frame attend over the patches of the earlier one; one head of width C.
+
+    Args:
+        q: [B, P, N, C] from frames 1..P; k, v: [B, P, N, C] from frames 0..P-1 (clips, pairs of
+            frames, patches per frame, width up to 1024). Any strided views, for example
+            tokens[:, 1:] and tokens[:, :-1], of one dtype (float32, float16, bfloat16, float64) on
+            one device. B and P may be 0.
+        scale: factor on q . k before the softmax; C ** -0.5 by default.
+        impl: "auto", "reference", "cpu", "triton"; `timefast.ops.implementations` lists them.
+
+    Returns:
+        [B, P, N, C] in the dtype of q (under autocast: of autocast).
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or `impl` is unknown.
+        NotImplementedError: the `impl` named cannot run on these inputs; all reasons are given.
+    """
+    if q.dim() != 4 or 0 in q.shape[2:] or not q.is_floating_point():
+        raise ValueError(
+            f"q: expected a floating [B, P, N, C], only B and P may be 0; "
+            f"got {q.dtype} {list(q.shape)}"
+        )
+    check_like("q", q, "k", k, q.shape)
+    check_like("q", q, "v", v, q.shape)
+    q, k, v = autocast(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return dispatch(PAIRWISE_ATTENTION, impl, q, k, v, scale=scale)

@@ -1,0 +1,226 @@
+"""Nine-way motion label of every patch between consecutive frames: 0 still, 1..8 octants.
+
+Label k > 0 says that the angle of the patch's mean flow lies in [45 (k - 1), 45 k) degrees, counted
+from "right" towards "down" (clockwise on the screen, since y points down).
+
+Letters: B clips, T frames, P = T - 1 pairs, N patches per frame (row-major); `height`, `width` in
+pixels. The flow comes from `farneback`, in its default parameters, which are the published ones.
+
+Two rules say which patches move. "minmax" is what the published training code does: within a pair,
+magnitudes are scaled so that the slowest patch has 0 and the fastest 100, and a patch moves from 1
+on. It is relative: without real motion the largest noise counts as motion, and under a camera pan
+the slowest patch is still. "tau" is the rule of the paper (eq. 9, 10): a patch moves from tau
+pixels on. The paper leaves open how pixels become a patch; here, as in the published code, vectors
+are averaged first and polar coordinates are taken of the mean.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timefast.kernels.farneback import (
+    farneback_cpu,
+    farneback_cv2,
+    farneback_reference,
+    opencv_missing,
+    smooth_texture,
+)
+from timefast.kernels.op import Case, Impl, Op, dispatch, register
+
+LUMA = (0.299, 0.587, 0.114)  # of red, green, blue
+GAIN = 128.0  # the published code multiplies the normalised grey frame by this
+PUBLISHED: dict[str, Any] = {
+    "pyr_scale": 0.5,
+    "levels": 3,
+    "winsize": 15,
+    "iterations": 3,
+    "poly_n": 5,
+    "poly_sigma": 1.2,
+}
+
+
+def flow_labels(
+    video: Tensor,
+    *,
+    patch_size: int = 16,
+    rule: str = "minmax",
+    tau: float | None = None,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.5, 0.5, 0.5),
+    impl: str = "auto",
+) -> Tensor:
+    """Motion labels int64 [B, T-1, N], values 0..8, of a video [B, 3, T, height, width].
+
+    `video` is RGB as the model sees it: floating point, normalised with `mean` and `std` of frames
+    in 0..1. Farnebäck flow depends on the contrast of its input, so whatever the normalisation, the
+    frames are brought to the published one (mean and std 0.5) before the flow is computed. A
+    uint8 video is taken as the frames themselves, 0..255, and needs no `mean` and `std`.
+
+    `rule` is "minmax" or "tau" (see above); `tau` in pixels at this resolution goes with the second
+    alone. A pair with a NaN in its flow has label 0 everywhere. The result carries no gradient.
+
+    Raises ValueError for wrong shapes or dtypes, a height or width that is no multiple of
+    `patch_size`, an unknown rule, a tau that is missing or does not belong; NotImplementedError
+    with the reasons if the implementation named cannot run.
+    """
+    if video.dim() != 5 or video.shape[1] != 3 or video.shape[2] < 1:
+        raise ValueError(
+            f"video: expected [B, 3, T, height, width] with T >= 1, got {list(video.shape)}"
+        )
+    if not (video.is_floating_point() or video.dtype == torch.uint8):
+        raise ValueError(f"video: expected normalised floats or uint8 frames, got {video.dtype}")
+    height, width = video.shape[-2:]
+    if patch_size < 1 or height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(
+            f"video: expected height and width to be multiples of patch_size={patch_size}, "
+            f"got {height} x {width}"
+        )
+    if rule not in ("minmax", "tau"):
+        raise ValueError(f'rule: expected "minmax" or "tau", got {rule!r}')
+    if rule == "minmax" and tau is not None:
+        raise ValueError(f'tau: rule "minmax" has no threshold, got tau={tau}; use rule="tau"')
+    if rule == "tau" and tau is None:
+        raise ValueError('tau: rule "tau" needs a threshold in pixels, e.g. tau=1.0; got None')
+    if tau is not None and not 0 <= tau < math.inf:
+        raise ValueError(f"tau: expected a number of pixels, 0 or more, got {tau}")
+    mean, std = tuple(mean), tuple(std)
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean, std: expected three numbers each, std > 0; got {mean} and {std}")
+    return dispatch(
+        flow_labels_op,
+        impl,
+        video.detach(),
+        patch_size=patch_size,
+        tau=tau,
+        channels=grey_channels(video.dtype, mean, std),
+    )
+
+
+def grey_channels(
+    dtype: torch.dtype, mean: Sequence[float], std: Sequence[float]
+) -> tuple[float, float, float, float]:
+    """Weights of red, green, blue and the offset that turn video values into flow input.
+
+    weight . video + offset = GAIN * LUMA . (frame - 0.5) / 0.5, where frame = video * std + mean.
+    """
+    if dtype == torch.uint8:
+        mean, std = (0.0,) * 3, (1 / 255,) * 3
+    red, green, blue = (GAIN * luma * s / 0.5 for luma, s in zip(LUMA, std, strict=True))
+    offset = GAIN * sum(luma * (m - 0.5) / 0.5 for luma, m in zip(LUMA, mean, strict=True))
+    return red, green, blue, offset
+
+
+def grey(video: Tensor, channels: tuple[float, float, float, float]) -> Tensor:
+    """[B, 3, T, height, width] -> float32 [B, T, height, width] on the scale farneback expects."""
+    red, green, blue = video.float().unbind(1)
+    return red * channels[0] + green * channels[1] + blue * channels[2] + channels[3]
+
+
+def _labels(flow: Tensor, patch_size: int, tau: float | None) -> Tensor:
+    """[B, P, 2, height, width] -> int64 [B, P, N]"""
+    *batch, _, height, width = flow.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = flow.view(*batch, 2, rows, patch_size, columns, patch_size)
+    vectors = patches.mean((-3, -1)).flatten(-2)  # [B, P, 2, N]
+    return label_vectors(vectors, tau)
+
+
+def label_vectors(vectors: Tensor, tau: float | None) -> Tensor:
+    """Mean flow of patches [..., 2, N] -> labels int64 [..., N]; tau None is the minmax rule."""
+    dx, dy = vectors.unbind(-2)
+    radius = (dx * dx + dy * dy).sqrt()
+    if tau is None:
+        low, high = radius.aminmax(dim=-1, keepdim=True)
+        extent = high - low
+        moving = (100 * (radius - low) / extent >= 1) & (extent >= torch.finfo(torch.float64).eps)
+    else:
+        moving = radius >= tau
+    moving &= ~radius.isnan().any(-1, keepdim=True)
+    return torch.where(moving, 1 + _octant(dx, dy), 0)
+
+
+def _octant(dx: Tensor, dy: Tensor) -> Tensor:
+    """floor(angle / 45 degrees) by comparisons: exact, where an arctangent rounds at the borders.
+
+    The vector is turned by quarters into the first quadrant, where it is (along, across).
+    """
+    quarter = torch.where(dy > 0, (dx <= 0).long(), torch.where(dx < 0, 2, 3))
+    quarter = torch.where((dy == 0) & (dx >= 0), 0, quarter)
+    along = torch.where(quarter % 2 == 0, dx.abs(), dy.abs())
+    across = torch.where(quarter % 2 == 0, dy.abs(), dx.abs())
+    return 2 * quarter + ((across >= along) & (across > 0))
+
+
+@torch.no_grad()
+def flow_labels_reference(
+    video: Tensor,
+    *,
+    patch_size: int,
+    tau: float | None,
+    channels: tuple[float, float, float, float],
+) -> Tensor:
+    """The definition: grey, flow of consecutive frames, mean of each patch, label."""
+    frames = grey(video, channels)  # [B, T, height, width]
+    flow = farneback_reference(frames[:, :-1], frames[:, 1:], **PUBLISHED)
+    return _labels(flow, patch_size, tau)
+
+
+def flow_labels_cpu(
+    video: Tensor,
+    *,
+    patch_size: int,
+    tau: float | None,
+    channels: tuple[float, float, float, float],
+) -> Tensor:
+    """As the reference, with OpenCV's flow over a pool of threads."""
+    frames = grey(video, channels)
+    return _labels(farneback_cpu(frames[:, :-1], frames[:, 1:], **PUBLISHED), patch_size, tau)
+
+
+def flow_labels_cv2(
+    video: Tensor,
+    *,
+    patch_size: int,
+    tau: float | None,
+    channels: tuple[float, float, float, float],
+) -> Tensor:
+    """As the published code runs it: OpenCV's flow, pair after pair on the calling thread."""
+    frames = grey(video, channels)
+    return _labels(farneback_cv2(frames[:, :-1], frames[:, 1:], **PUBLISHED), patch_size, tau)
+
+
+def _why_not_opencv(video: Tensor, **parameters: Any) -> list[str]:
+    return [] if video.device.type == "cpu" else [f"video is on {video.device}; OpenCV takes CPU"]
+
+
+def _case(name: str, clips: int, frames: int, height: int, width: int, size: str, **kwargs: Any):
+    def build(
+        dtype: torch.dtype, device: str, generator: torch.Generator
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        texture = smooth_texture((clips, 3, 1), height, width, generator, device) / 128
+        moved = [texture.roll((t, -2 * t), dims=(-2, -1)) for t in range(frames)]
+        return (torch.cat(moved, dim=2).to(dtype),), dict(kwargs)
+
+    return Case(name, build, size)
+
+
+flow_labels_op = register(
+    Op(
+        name="flow_labels",
+        reference=flow_labels_reference,
+        impls={
+            "cpu": Impl(flow_labels_cpu, _why_not_opencv, opencv_missing, auto=("cpu",)),
+            "cv2": Impl(flow_labels_cv2, _why_not_opencv, opencv_missing, auto=()),
+        },
+        cases=(
+            _case("tau", 2, 3, 48, 64, "tiny", rule="tau", tau=0.5),
+            _case("minmax", 1, 2, 64, 64, "tiny"),
+            _case("one-frame", 2, 1, 32, 32, "tiny"),
+            _case("clip-112", 1, 8, 112, 112, "mid"),
+            _case("clips-224", 64, 8, 224, 224, "paper"),
+        ),
+    )
+)

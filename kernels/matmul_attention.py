@@ -1,0 +1,84 @@
+"""Attention on a CPU by batched matrix products: many short sequences, probabilities kept.
+
+Library attention is tuned for few long sequences. Here there are thousands of short ones, and what
+costs is not arithmetic but how the small matrices lie in memory and how narrow softmax rows are
+walked. Both are chosen here, forward and backward, so that products with a transposed right
+operand, the slow kind, come last. Letters: A sequences, S their length, D head width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Probabilities are kept for the backward pass, S * S per sequence: beyond this length SDPA, which
+# keeps none, is the better trade.
+MAX_LENGTH = 512
+_NARROW = 16  # softmax over the last dimension walks rows one by one; below this it is slow
+
+
+def rows(x: Tensor) -> Tensor:
+    """A [..., S, D] view as contiguous [A, S, D], half precision widened (CPUs are slow in it)."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return wide.reshape(x.shape[:-2].numel(), *x.shape[-2:]).contiguous()
+
+
+def columns(x: Tensor) -> Tensor:
+    """A [..., S, D] view as contiguous [A, D, S]."""
+    return rows(x.transpose(-1, -2))
+
+
+def attend(
+    q_rows: Tensor, k_columns: Tensor, v_columns: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """-> output [A, S, D], probabilities [A, S, S]."""
+    scores = torch.bmm(q_rows, k_columns).mul_(scale)  # [A, S, S]
+    if scores.shape[-1] < _NARROW:
+        p = scores.permute(2, 0, 1).softmax(0).permute(1, 2, 0)
+    else:
+        p = scores.softmax(-1)
+    return torch.bmm(p, v_columns.transpose(1, 2)), p
+
+
+def attend_grad(
+    grad_rows: Tensor, q_rows: Tensor, k_columns: Tensor, v_columns: Tensor, p: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, each [A, S, D], from that of the output."""
+    dv = torch.bmm(p.transpose(1, 2), grad_rows)
+    ds = torch.bmm(grad_rows, v_columns).mul_(p)  # P * dP
+    ds = ds.sub_(p * ds.sum(-1, keepdim=True)).mul_(scale)
+    dq = torch.bmm(ds, k_columns.transpose(1, 2))
+    dk = torch.bmm(ds.transpose(1, 2), q_rows)
+    return dq, dk, dv
+
+
+class MatmulAttention(torch.autograd.Function):
+    """softmax(scale * q k^T) v over the last two dimensions of x.permute(order).
+
+    Takes any strided views; output and gradients are contiguous in the order of the inputs, so that
+    the split of a fused qkv projection collects its gradient with straight copies.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, order: tuple[int, ...]
+    ) -> Tensor:
+        q, k, v = (x.permute(order) for x in (q, k, v))
+        saved = rows(q), columns(k), columns(v)
+        out, p = attend(*saved, scale)
+        ctx.save_for_backward(*saved, p)
+        ctx.scale, ctx.order, ctx.back, ctx.dtype = scale, order, _inverse(order), q.dtype
+        return out.view(q.shape).permute(ctx.back).to(ctx.dtype).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.permute(ctx.order)
+        grads = attend_grad(rows(grad), *ctx.saved_tensors, ctx.scale)
+        back = (x.view(grad.shape).permute(ctx.back).to(ctx.dtype).contiguous() for x in grads)
+        return *back, None, None
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(order.index(i) for i in range(len(order)))

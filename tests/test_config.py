@@ -1,0 +1,129 @@
+"""The configuration: flags, recipes, round trip."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from timefast.config import (
+    ModelConfig,
+    Parser,
+    TrainConfig,
+    add_flags,
+    flag_of,
+    given_flags,
+    sections,
+)
+from timefast.errors import InputError
+from timefast.recipes import RECIPES, get_recipe
+
+
+def parse(*argv):
+    parser = Parser()
+    add_flags(parser)
+    return given_flags(parser.parse_args(list(argv)))
+
+
+def test_flags_not_given_leave_no_trace():
+    assert parse() == {}
+
+
+def test_each_field_has_one_flag_of_its_own():
+    flags = [
+        flag_of(section, spec.name)
+        for section in sections()
+        for spec in dataclasses.fields(getattr(TrainConfig(), section))
+    ]
+    assert len(flags) == len(set(flags))
+
+
+def test_flags_replace_fields_of_a_recipe():
+    changes = parse("--lr", "3e-4", "--data", "/tmp/x", "--losses", "order,flow", "--views", "2x3")
+    config = RECIPES["demo"]().replace(changes)
+    assert config.optim.lr == 3e-4
+    assert config.data.root == Path("/tmp/x")
+    assert config.method.losses == ("order", "flow")
+    assert config.run.views == (2, 3)
+
+
+def test_losses_none_means_classification_alone():
+    assert parse("--losses", "none") == {("method", "losses"): ()}
+    config = RECIPES["demo"]().replace(parse("--losses", "none"))
+    assert config.method.weights() == (0.0, 0.0, 0.0)
+
+
+def test_dotted_spelling_sets_the_same_field():
+    assert parse("--optim.batch-size", "4") == parse("--batch-size", "4")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--batchsize", "4"], "did you mean --batch-size"),
+        (["--losses", "ordr"], "expected one of order, debias, flow"),
+        (["--short-side", "1,2,3"], "expected 2 values"),
+        (["--backbone", "resnet"], "invalid choice"),
+    ],
+)
+def test_wrong_flags_exit_with_2_and_a_hint(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(*argv)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_impossible_values_name_the_flag():
+    with pytest.raises(InputError, match="--image-size: expected a multiple of patch_size=16"):
+        ModelConfig(image_size=100)
+    with pytest.raises(InputError, match="--batch-size"):
+        RECIPES["demo"]().replace({("optim", "batch_size"): 0})
+    with pytest.raises(InputError, match="--flow-tau"):
+        RECIPES["demo"]().replace({("method", "flow_tau"): None})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_the_round_trip_to_json(name):
+    config = RECIPES[name]()
+    assert config.recipe == name
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if not n.startswith("baseline_")])
+def test_the_baseline_twin_differs_in_the_losses_alone(name):
+    ours = RECIPES[name]()
+    twin = RECIPES["baseline_" + name.removeprefix("time_")]()
+    assert twin.method.losses == ()
+    same = dataclasses.replace(twin, recipe=ours.recipe, method=ours.method)
+    assert same == ours
+
+
+def test_the_recipe_follows_from_backbone_and_data():
+    assert get_recipe(None, "timesformer", has_data=False).recipe == "demo"
+    assert get_recipe(None, "timesformer", has_data=True).recipe == "time_timesformer_ssv2"
+    with pytest.raises(InputError, match="there are demo"):
+        get_recipe("nope", None, has_data=False)
+    with pytest.raises(InputError, match="trains timesformer"):
+        get_recipe("time_timesformer_ssv2", "xvit", has_data=True)
+
+
+def test_published_recipe_has_the_published_numbers():
+    config = RECIPES["time_timesformer_ssv2"]()
+    assert (config.optim.lr, config.optim.epochs, config.optim.batch_size) == (1e-4, 35, 64)
+    assert config.optim.amsgrad and config.optim.decay_embeddings
+    assert config.optim.lr_steps == (20, 30)
+    assert config.method.flow_rule == "minmax"
+    assert config.method.weights() == (1.0, 1.0, 1.0)
+
+
+def test_a_stored_field_that_nobody_knows_is_refused():
+    values = TrainConfig().to_dict()
+    values["optim"]["momentum"] = 0.9
+    with pytest.raises(InputError, match="momentum"):
+        TrainConfig.from_dict(values)
+
+
+def test_help_of_every_flag_is_written():
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    assert all(action.help for action in parser._actions)

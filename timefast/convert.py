@@ -1,0 +1,349 @@
+"""Foreign checkpoints and ours: which family a state dict is of, what sizes it tells, and one
+pure state-dict-to-state-dict function per family and direction.
+
+Our own keys are those of the published TIME code, so that family needs no function.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timefast.errors import InputError
+from timefast.models.vit import grid_of, resize_frames, resize_grid
+
+State = dict[str, Tensor]
+
+# family -> backbone it holds ("imagenet" starts any of them), normalisation its clips had
+FAMILIES: dict[str, tuple[str | None, tuple[float, float]]] = {
+    "time_timesformer": ("timesformer", (0.5, 0.5)),
+    "time_motionformer": ("motionformer", (0.5, 0.5)),
+    "time_xvit": ("xvit", (0.5, 0.5)),
+    "timesformer": ("timesformer", (0.45, 0.225)),
+    "huggingface": ("timesformer", (0.45, 0.225)),
+    "imagenet": (None, (0.5, 0.5)),
+}
+
+
+@dataclass
+class Converted:
+    """A state dict in our keys, and what became of the rest."""
+
+    state: State
+    how: dict[str, str] = field(default_factory=dict)  # our key -> what was done to its value
+    unused: dict[str, str] = field(default_factory=dict)  # foreign key -> why nothing reads it
+
+
+def recognise(state: Mapping[str, Tensor]) -> str:
+    """The family of a state dict, from its keys alone.
+
+    The published Motionformer and X-ViT differ from TIME's in a few keys only, which
+    `from_motionformer` and `from_xvit` take care of. Raises InputError if no family fits.
+    """
+    if any(key.startswith("timesformer.") for key in state):
+        return "huggingface"
+    if any(key.startswith("model.blocks.") for key in state):
+        return "timesformer"
+    if any(key.startswith("base_model.") for key in state):
+        return "time_xvit"
+    if not {"cls_token", "pos_embed"} <= set(state):
+        raise InputError(
+            f"no known family has these keys: {_some(state)}. Known are checkpoints of this "
+            "project, TIME, TimeSformer, Motionformer, X-ViT, Hugging Face TimeSformer and "
+            "ImageNet ViTs with timm's keys."
+        )
+    if "temp_embed" in state or "st_embed" in state:
+        return "time_motionformer"
+    if "time_embed" in state or "temp_head.weight" in state:
+        return "time_timesformer"
+    return "imagenet"
+
+
+def to_native(state: Mapping[str, Tensor], family: str) -> Converted:
+    """A state dict of any family but "imagenet" in our keys."""
+    if family == "huggingface":
+        return from_huggingface(state)
+    if family == "timesformer":
+        return from_timesformer(state)
+    if family == "time_motionformer":
+        return from_motionformer(state)
+    if family == "time_xvit":
+        return from_xvit(state)
+    return Converted(dict(state))
+
+
+def from_timesformer(state: Mapping[str, Tensor]) -> Converted:
+    """The published TimeSformer: our keys behind the prefix `model.`."""
+    return Converted({key.removeprefix("model."): value for key, value in state.items()})
+
+
+def to_timesformer(state: Mapping[str, Tensor]) -> State:
+    """Inverse of `from_timesformer`; the TIME heads, which that project has not, are left out."""
+    return {f"model.{key}": value for key, value in state.items() if not _TIME_HEAD.match(key)}
+
+
+_TIME_HEAD = re.compile(r"(temp_head|mlp_[qkv]|mlp_proj|mlp_norm|flow_head)\.")
+
+# Hugging Face <-> ours, within one layer and outside of the layers
+_HF_LAYER = {
+    "attention.attention.qkv": "attn.qkv",
+    "attention.output.dense": "attn.proj",
+    "temporal_attention.attention.qkv": "temporal_attn.qkv",
+    "temporal_attention.output.dense": "temporal_attn.proj",
+    "temporal_dense": "temporal_fc",
+    "temporal_layernorm": "temporal_norm1",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+_HF_OTHER = {
+    "timesformer.embeddings.cls_token": "cls_token",
+    "timesformer.embeddings.position_embeddings": "pos_embed",
+    "timesformer.embeddings.time_embeddings": "time_embed",
+    "timesformer.embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "timesformer.layernorm": "norm",
+    "classifier": "head",
+}
+
+
+def _rename(key: str, layer: str, new_layer: str, within: dict, others: dict) -> str:
+    """`layer` is the text before a layer's number, for example `blocks.`."""
+    if key.startswith(layer):
+        number, rest = key.removeprefix(layer).split(".", 1)
+        part, _, kind = rest.rpartition(".")
+        return f"{new_layer}{number}.{within.get(part, part)}.{kind}"
+    if key in others:
+        return others[key]
+    part, _, kind = key.rpartition(".")
+    return f"{others[part]}.{kind}" if part in others else key
+
+
+def from_huggingface(state: Mapping[str, Tensor]) -> Converted:
+    """`TimesformerForVideoClassification`; a `TimesformerModel` has no classifier."""
+    new = {
+        key: _rename(key, "timesformer.encoder.layer.", "blocks.", _HF_LAYER, _HF_OTHER)
+        for key in state
+    }
+    return Converted(
+        {new[key]: value for key, value in state.items()},
+        how={name: f"renamed from {key}" for key, name in new.items() if name != key},
+    )
+
+
+def to_huggingface(state: Mapping[str, Tensor]) -> State:
+    """Inverse of `from_huggingface`; the TIME heads, which that model has not, are left out."""
+    layer = {ours: theirs for theirs, ours in _HF_LAYER.items()}
+    other = {ours: theirs for theirs, ours in _HF_OTHER.items()}
+    return {
+        _rename(key, "blocks.", "timesformer.encoder.layer.", layer, other): value
+        for key, value in state.items()
+        if not _TIME_HEAD.match(key)
+    }
+
+
+def from_motionformer(state: Mapping[str, Tensor]) -> Converted:
+    """The published Motionformer keeps two patch embeddings and reads one of them."""
+    out = Converted(dict(state))
+    tubes = state.get("patch_embed_3d.proj.weight")
+    if tubes is not None:
+        dead = "patch_embed." if tubes.shape[2] > 1 else "patch_embed_3d."
+        for key in state:
+            if key.startswith(dead):
+                out.unused[key] = "the model it comes from never reads it"
+                del out.state[key]
+    return out
+
+
+def from_xvit(state: Mapping[str, Tensor]) -> Converted:
+    """The published X-ViT calls its last linear layer `consensus.mlp_head.4`, TIME
+    `consensus.head`; its `new_fc` is never read."""
+    out = Converted({})
+    for key, value in state.items():
+        if key.startswith("new_fc."):
+            out.unused[key] = "the model it comes from never reads it"
+            continue
+        name = key.replace("consensus.mlp_head.4.", "consensus.head.")
+        out.state[name] = value
+        if name != key:
+            out.how[name] = f"renamed from {key}"
+    return out
+
+
+def from_imagenet(
+    state: Mapping[str, Tensor],
+    backbone: str,
+    shapes: Mapping[str, Sequence[int]],
+    grid: tuple[int, int],
+) -> Converted:
+    """An ImageNet ViT with timm's keys, inflated for a video model.
+
+    `shapes` are those of the model's state dict and `grid` the patch grid of its position table;
+    what the image model does not tell (time embeddings, temporal_fc, heads of TIME, a classifier of
+    another number of classes) is not in the result and keeps its initialisation.
+    """
+    out = Converted({})
+    prefix = "base_model." if backbone == "xvit" else ""
+    for key, value in state.items():
+        name = prefix + key
+        if key.startswith("head.") and (
+            name not in shapes or tuple(shapes[name]) != tuple(value.shape)
+        ):
+            out.unused[key] = "the classifier of another set of classes"
+            continue
+        if key == "patch_embed.proj.weight" and value.ndim == 2:
+            side = math.isqrt(value.shape[1] // 3)
+            value = value.reshape(-1, 3, side, side)
+            out.how[name] = "reshaped from 2-D"
+        if key == "pos_embed" and name in shapes and shapes[name][1] != value.shape[1]:
+            # TIME resizes bicubic for TimeSformer, X-ViT bilinear
+            mode = "bilinear" if backbone == "xvit" else "bicubic"
+            value = _resize_positions(value, grid, mode)
+            out.how[name] = f"resized to {grid[0]}x{grid[1]} patches ({mode})"
+        out.state[name] = value
+        if prefix:
+            out.how.setdefault(name, f"renamed from {key}")
+    if backbone == "timesformer":
+        _copy_to_time(out, shapes)
+    if backbone == "motionformer":
+        _inflate_tubes(out, shapes)
+    return out
+
+
+def _copy_to_time(out: Converted, shapes: Mapping[str, Sequence[int]]) -> None:
+    for key in list(out.state):
+        name = key.replace(".attn.", ".temporal_attn.").replace(".norm1.", ".temporal_norm1.")
+        if name != key and name in shapes and name not in out.state:
+            out.state[name] = out.state[key].clone()
+            out.how[name] = f"copied from {key}"
+
+
+def _inflate_tubes(out: Converted, shapes: Mapping[str, Sequence[int]]) -> None:
+    name = "patch_embed_3d.proj.weight"
+    if name in shapes:
+        flat = out.state.pop("patch_embed.proj.weight")
+        depth = shapes[name][2]
+        out.state[name] = flat.new_zeros(*flat.shape[:2], depth, *flat.shape[2:])
+        out.state[name][:, :, depth // 2] = flat  # only this frame of the tube is seen at first
+        out.how[name] = f"frame {depth // 2} of {depth} from patch_embed.proj.weight, others 0"
+        out.state["patch_embed_3d.proj.bias"] = out.state.pop("patch_embed.proj.bias")
+        out.how["patch_embed_3d.proj.bias"] = "renamed from patch_embed.proj.bias"
+    if "st_embed" in shapes:
+        pos = out.state["pos_embed"]
+        frames = (shapes["st_embed"][1] - 1) // (pos.shape[1] - 1)
+        out.state["st_embed"] = torch.cat([pos[:, :1], pos[:, 1:].repeat(1, frames, 1)], 1)
+        out.how["st_embed"] = f"pos_embed repeated for {frames} frames"
+
+
+def _resize_positions(pos: Tensor, grid: tuple[int, int], mode: str) -> Tensor:
+    """pos [1, 1+N, C] of a square grid -> [1, 1+gh*gw, C]; the class row stays."""
+    side = math.isqrt(pos.shape[1] - 1)
+    table = resize_grid(pos[0, 1:].float(), (side, side), grid, mode)
+    return torch.cat([pos[:, :1], table[None].to(pos.dtype)], 1)
+
+
+def fit_tables(out: Converted, config: Mapping[str, Any], old: Mapping[str, Any]) -> None:
+    """Resize the tables of a TimeSformer state dict from the sizes of `old` to those of `config`,
+    as the published loader does: 1-D nearest for frames, 2-D nearest for positions."""
+    if "time_embed" in out.state and config["frames"] != old["frames"]:
+        table = resize_frames(out.state["time_embed"][0], config["frames"])
+        out.state["time_embed"] = table[None].clone()
+        out.how["time_embed"] = f"resized from {old['frames']} to {config['frames']} (nearest)"
+    before = grid_of(old["image_size"], old["patch_size"])
+    after = grid_of(config["image_size"], config["patch_size"])
+    if before != after:
+        pos = out.state["pos_embed"]
+        table = resize_grid(pos[0, 1:].float(), before, after, "nearest").to(pos.dtype)
+        out.state["pos_embed"] = torch.cat([pos[:, :1], table[None]], 1)
+        out.how["pos_embed"] = "resized from {}x{} to {}x{} patches (nearest)".format(
+            *before, *after
+        )
+
+
+def sizes_of(
+    state: Mapping[str, Tensor], backbone: str, image_size: int | Sequence[int] | None
+) -> dict[str, Any]:
+    """The keywords of `create_model` that keys and shapes (in our keys) tell.
+
+    `image_size` helps where the position table is not square. Raises InputError where a key is
+    missing without which nothing can be told.
+    """
+    prefix = "base_model." if backbone == "xvit" else ""
+    depth = 1 + max(
+        (int(m[1]) for key in state if (m := re.match(rf"{prefix}blocks\.(\d+)\.", key))),
+        default=-1,
+    )
+    tubes = "patch_embed_3d.proj.weight"
+    patch = tubes if tubes in state else f"{prefix}patch_embed.proj.weight"
+    needed = [f"{prefix}cls_token", f"{prefix}pos_embed", patch, f"{prefix}blocks.0.mlp.fc1.weight"]
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise InputError(
+            f"the checkpoint looks like a {backbone}, but lacks {', '.join(missing)}; it has "
+            f"{_some(state)}"
+        )
+    dim = state[f"{prefix}cls_token"].shape[-1]
+    hidden = state[f"{prefix}blocks.0.mlp.fc1.weight"].shape[0]
+    sizes: dict[str, Any] = {
+        "dim": dim,
+        "depth": depth,
+        "patch_size": state[patch].shape[-1],
+        "mlp_ratio": _ratio(dim, hidden),
+        "time_heads": "temp_head.weight" in state,
+    }
+    if dim % 64 == 0:
+        sizes["heads"] = dim // 64  # every published model has heads of width 64
+    head = "consensus.head.weight" if backbone == "xvit" else "head.weight"
+    if head in state:
+        sizes["num_classes"] = state[head].shape[0]
+    if "temp_head.weight" in state:
+        sizes["frames"] = state["temp_head.weight"].shape[0]
+    rows = state[f"{prefix}pos_embed"].shape[1] - 1
+    table_size = _table_size(rows, sizes["patch_size"], image_size)
+    if backbone == "timesformer":
+        sizes["image_size"] = table_size
+        sizes["attention"] = _timesformer_attention(state)
+        if "time_embed" in state:
+            sizes["frames"] = state["time_embed"].shape[1]
+        return sizes
+    sizes["table_size"] = table_size
+    sizes["image_size"] = table_size if image_size is None else image_size
+    return sizes
+
+
+def _timesformer_attention(state: Mapping[str, Tensor]) -> str:
+    if "blocks.0.temporal_attn.qkv.weight" in state:
+        return "divided"
+    return "joint" if "time_embed" in state else "space"
+
+
+def _ratio(dim: int, hidden: int) -> float:
+    ratio = hidden / dim
+    # the models take the hidden width as int(dim * ratio), which rounding can bring one too low
+    return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
+
+
+def _table_size(
+    rows: int, patch_size: int, image_size: int | Sequence[int] | None
+) -> int | list[int]:
+    """The image size that a position table of `rows` patches was made for."""
+    if image_size is not None:
+        gh, gw = grid_of(image_size, patch_size)
+        if gh * gw == rows:
+            return image_size if isinstance(image_size, int) else list(image_size)
+    side = math.isqrt(rows)
+    if side * side != rows:
+        raise InputError(
+            f"the position table has {rows} patches, which is no square grid; tell its height and "
+            "width in pixels with image_size=(height, width)"
+        )
+    return side * patch_size
+
+
+def _some(state: Mapping[str, Any]) -> str:
+    names = list(state)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

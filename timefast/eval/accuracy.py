@@ -1,0 +1,194 @@
+"""Accuracy on original and frame-shuffled videos, over any number of views.
+
+Nothing is ever substituted here: a video that cannot be decoded is missing from the numbers, is
+counted, and marks them.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from timefast.data.batch import Batch, Failure, VideoSet
+from timefast.data.rng import generator
+
+Average = Literal["logits", "softmax"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Class probabilities of n videos, views averaged."""
+
+    sample: torch.Tensor  # int64 [n], index into VideoSet.records
+    label: torch.Tensor  # int64 [n]
+    original: torch.Tensor  # float32 [n, K]
+    shuffled: torch.Tensor  # float32 [draws, n, K], each draw another frame order per video
+    failures: tuple[Failure, ...]
+
+
+def predict(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    views: int,
+    draws: int = 0,
+    seed: int = 0,
+    average: Average = "logits",
+    device: torch.device | str = "cpu",
+    autocast: Callable[[], Any] | None = None,
+) -> Predictions:
+    """Run the model over evaluation batches.
+
+    `views` clips of a video stand together in a batch. Each of the `draws` frame orders is a
+    function of (seed, draw, video): it does not depend on the batch a video is in, and is the same
+    for all views of a video. `average` says what is averaged over views.
+    """
+    was_training = model.training
+    model.eval()
+    samples, labels, originals, failures = [], [], [], []
+    shuffled: list[list[torch.Tensor]] = [[] for _ in range(draws)]
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                failures += batch.failures
+                if not len(batch.label):
+                    continue
+                batch = batch.to(device)
+
+                def score(video: torch.Tensor) -> torch.Tensor:  # [B, 3, T, h, w] -> [B / V, K]
+                    if autocast is None:
+                        logits = model(video)
+                    else:
+                        with autocast():
+                            logits = model(video)
+                    logits = logits.float().unflatten(0, (-1, views))
+                    if average == "logits":
+                        return logits.mean(1).softmax(-1).cpu()
+                    return logits.softmax(-1).mean(1).cpu()
+
+                samples.append(batch.sample[::views].cpu())
+                labels.append(batch.label[::views].cpu())
+                originals.append(score(batch.video))
+                for draw in range(draws):
+                    shuffled[draw].append(score(_shuffle(batch, seed, draw)))
+    finally:
+        model.train(was_training)
+    classes = getattr(model, "num_classes", 0)
+
+    def joined(parts: list[torch.Tensor], *empty: int) -> torch.Tensor:
+        return torch.cat(parts) if parts else torch.zeros(*empty)
+
+    none = joined(originals, 0, classes)
+    return Predictions(
+        sample=joined(samples, 0).long(),
+        label=joined(labels, 0).long(),
+        original=none,
+        shuffled=torch.stack([joined(s, 0, classes) for s in shuffled])
+        if draws
+        else none.new_zeros(0, *none.shape),
+        failures=tuple(failures),
+    )
+
+
+def _shuffle(batch: Batch, seed: int, draw: int) -> torch.Tensor:
+    frames = batch.video.shape[2]
+    orders = [
+        torch.from_numpy(generator(seed, draw, int(i), "shuffle").permutation(frames))
+        for i in batch.sample
+    ]
+    order = torch.stack(orders).to(batch.video.device)  # [B, T]
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    return batch.video.transpose(1, 2)[rows, order].transpose(1, 2)
+
+
+def summarise(
+    predictions: Predictions, videos: VideoSet, labels: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """Percentages over the videos whose class is in `labels` (None: all).
+
+    Keys: videos_expected, videos_evaluated, videos_failed, top1, top5, confidence (mean largest
+    probability, 0..1), and with draws shuffled_top1, shuffled_top1_spread (sample standard
+    deviation over draws), shuffled_confidence, gap. Numbers of nothing are None.
+    """
+    wanted = set(range(len(videos.classes)) if labels is None else labels)
+    keep = torch.tensor([int(y) in wanted for y in predictions.label], dtype=torch.bool)
+    label = predictions.label[keep]
+    expected = sum(r.label in wanted for r in videos.records)
+    result: dict[str, Any] = {
+        "videos_expected": expected,
+        "videos_evaluated": len(label),
+        "videos_failed": expected - len(label),
+        "top1": None,
+        "top5": None,
+        "confidence": None,
+        "shuffled_top1": None,
+        "shuffled_top1_spread": None,
+        "shuffled_confidence": None,
+        "gap": None,
+    }
+    if not len(label):
+        return result
+    original = predictions.original[keep]
+    best = original.topk(min(5, original.shape[1]), dim=1).indices
+    hits = best == label[:, None]
+    result["top1"] = 100.0 * hits[:, 0].double().mean().item()
+    result["top5"] = 100.0 * hits.any(1).double().mean().item()
+    result["confidence"] = original.max(1).values.mean().item()
+    if len(predictions.shuffled):
+        shuffled = predictions.shuffled[:, keep]  # [draws, n, K]
+        draws = 100.0 * (shuffled.argmax(2) == label).double().mean(1)
+        result["shuffled_top1"] = draws.mean().item()
+        if len(draws) > 1:
+            result["shuffled_top1_spread"] = draws.std().item()
+        result["shuffled_confidence"] = shuffled.max(2).values.mean().item()
+        result["gap"] = result["top1"] - result["shuffled_top1"]
+    return result
+
+
+def protocol(
+    frames: int, views: tuple[int, int], crop: int, short_side: int, average: Average
+) -> str:
+    """How a number was made, in the words of every results table.
+
+    `paper` is the test protocol of the published recipe (one temporal view, three crops, logits);
+    anything else is `clip`.
+    """
+    paper = views == (1, 3) and average == "logits"
+    return (
+        f"{'paper' if paper else 'clip'}: {frames} frames x {views[0]} temporal views x "
+        f"{views[1]} crops of {crop} px, short side {short_side}, {average} averaged"
+    )
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """A plain-text table of `summarise` results, one row per subset."""
+
+    def number(value: float | None, digits: int = 1) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    head = ["", "videos", "top-1", "top-5", "shuffled", "gap", "confidence", "shuffled conf."]
+    lines = [head]
+    for name, r in rows.items():
+        mark = "" if not r["videos_failed"] else "*"
+        spread = r["shuffled_top1_spread"]
+        lines.append(
+            [
+                name,
+                f"{r['videos_evaluated']}/{r['videos_expected']}",
+                number(r["top1"]) + mark,
+                number(r["top5"]) + mark,
+                number(r["shuffled_top1"]) + (f" ±{spread:.1f}" if spread is not None else ""),
+                number(r["gap"]),
+                number(r["confidence"], 2),
+                number(r["shuffled_confidence"], 2),
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
+    ]
+    if any(r["videos_failed"] for r in rows.values()):
+        text.append("* some videos could not be decoded and are missing from this number")
+    return "\n".join(text)

@@ -1,0 +1,108 @@
+"""What a training loop shows of itself: losses and times per window of steps, and a progress bar."""
+
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from timefast.data.batch import Batch
+
+logger = logging.getLogger("timefast")
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total: int, done: int):
+        self.bar = tqdm(
+            total=total, initial=done, unit="step", dynamic_ncols=True, disable=None, leave=True
+        )
+        self.total = total
+
+    def update(self, line: dict[str, Any]) -> None:
+        parts = {k.removeprefix("loss_"): line[k] for k in line if k.startswith("loss_")}
+        shown = {k: f"{v:.2f}" for k, v in parts.items() if v}
+        rate = f"{line['clips_per_s']:.1f} clips/s"
+        waits = f"data {line['data_s'] / max(line['step_s'], 1e-9):.0%}"
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.3f}"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(
+                f"loss {loss} ({' '.join(f'{k} {v}' for k, v in shown.items())}) {rate} {waits}"
+            )
+        else:
+            left = (self.total - line["step"]) * line["step_s"]
+            logger.info(
+                "step %d/%d  epoch %d  loss %s  %s  %s  %s  %d s left",
+                line["step"], self.total, line["epoch"], loss,
+                "  ".join(f"{k} {v}" for k, v in shown.items()), rate, waits, left,
+            )  # fmt: skip
+
+
+class Window:
+    """Sums of losses and times since the last line of metrics; reading it waits for the device."""
+
+    def __init__(self) -> None:
+        self.skipped_in_a_row = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._norms: list[torch.Tensor] = []  # one per step
+        self._samples: list[list[torch.Tensor]] = [[]]  # one list per step
+        self._clips = 0
+        self._data_s = 0.0
+        self._start = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count this time (an evaluation, say) as training."""
+        self._start += seconds
+
+    def timed(self, batches: Any) -> Any:
+        """The same batches; the time spent waiting for them is added up."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            item = next(iterator, None)
+            self._data_s += time.perf_counter() - before
+            if item is None:
+                return
+            yield item
+
+    def add(self, losses: dict[str, torch.Tensor], share: float, batch: Batch) -> None:
+        for name, value in losses.items():
+            value = value.detach() * share
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._samples[-1].append(batch.sample)
+        self._clips += len(batch.label)
+
+    def end_step(self, norm: torch.Tensor) -> None:
+        self._norms.append(norm)
+        self._samples.append([])
+
+    def read(self) -> tuple[dict[str, Any], list[int]]:
+        """Mean losses, speed, and the videos of steps that were skipped as not finite."""
+        norms = torch.stack(self._norms).cpu()
+        sums = {k: float(v) / len(norms) for k, v in self._sums.items()}
+        seconds = time.perf_counter() - self._start
+        skipped: list[int] = []
+        for finite, samples in zip(norms.isfinite().tolist(), self._samples, strict=False):
+            self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+            if not finite:
+                skipped += torch.cat(samples).tolist()
+
+        def finite_or_none(value: float) -> float | None:
+            return value if math.isfinite(value) else None
+
+        line = {"loss": finite_or_none(sums["total"])}
+        line |= {f"loss_{k}": finite_or_none(v) for k, v in sums.items() if k != "total"}
+        line |= {
+            "grad_norm": finite_or_none(float(norms[-1])),
+            "clips_per_s": self._clips / seconds,
+            "data_s": self._data_s / len(norms),
+            "step_s": seconds / len(norms),
+        }
+        self._clear()
+        return line, skipped

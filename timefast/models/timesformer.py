@@ -1,0 +1,212 @@
+"""TimeSformer: attention along time and within frames by turns, one class token per clip.
+
+`attention` "divided" is the published default; "joint" attends over all tokens of the clip at
+once, "space" within frames only and averages the frames at the end.
+
+Letters: B clips, T frames, N patches per frame, C model width. The class token [B, C] and the
+patches [B, T, N, C] are separate tensors from the first block to the last: every linear layer and
+norm works per token, so nothing has to be joined, and what one pass does not need (the patches
+after the last block, when only class logits are asked for) is simply not computed.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from timefast import ops
+from timefast.models.heads import VideoTransformer
+from timefast.models.vit import (
+    NORM_EPS,
+    Attention,
+    Block,
+    Features,
+    Mlp,
+    PatchEmbed,
+    drop_path_rates,
+    grid_of,
+    init_published,
+    init_scratch,
+    keep_scale,
+    resize_frames,
+    resize_grid,
+)
+
+
+class DividedBlock(nn.Module):
+    """One divided space-time block."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float, impl: str):
+        super().__init__()
+        self.drop_path, self.impl = drop_path, impl
+        self.temporal_norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.temporal_attn = Attention(dim, heads)
+        self.temporal_fc = nn.Linear(dim, dim)
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, mlp_ratio)
+
+    def forward(self, cls: Tensor, x: Tensor, *, cls_only: bool = False) -> tuple[Tensor, Tensor]:
+        """cls [B, C], x [B, T, N, C] -> the same shapes.
+
+        With `cls_only` the patches are left as they are after the temporal step: nobody reads
+        them any more.
+        """
+        x = x + self.time_step(x)
+        cls_residual, residual = self.space_step(cls, x, cls_only)
+        cls = cls + cls_residual
+        clip = keep_scale(self, (len(cls), 1), cls)  # one draw per clip, for class and patches
+        cls_residual = self.mlp(self.norm2(cls))
+        cls = cls + (cls_residual if clip is None else clip * cls_residual)
+        if residual is None:
+            return cls, x
+        x = x + residual
+        residual = self.mlp(self.norm2(x))
+        x = x + (residual if clip is None else clip[:, :, None, None] * residual)
+        return cls, x
+
+    def time_step(self, x: Tensor) -> Tensor:
+        """Each patch position over its own frames; the class token takes no part."""
+        B, _, N, _ = x.shape
+        q, k, v = self.temporal_attn.split(self.temporal_norm1(x))  # [B, T, N, H, D]
+        out = self.temporal_attn.merge(ops.time_attention(q, k, v, impl=self.impl))
+        position = keep_scale(self, (B, 1, N, 1), x)  # one draw per clip and patch position
+        # the drop acts before temporal_fc, so the bias of temporal_fc survives it
+        return self.temporal_fc(out if position is None else position * out)
+
+    def space_step(
+        self, cls: Tensor, x: Tensor, cls_only: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each frame's patches and the class token within the frame; the class token's T answers
+        are averaged. The residual of the patches is None if `cls_only`."""
+        B, T = x.shape[:2]
+        q, k, v = self.attn.split(self.norm1(x))  # [B, T, N, H, D]
+        frame = keep_scale(self, (B, T), x)  # one draw per clip and frame
+        out, cls_out = ops.space_attention(
+            q, k, v, *self.attn.split(self.norm1(cls)),
+            frame_weight=None if frame is None else frame / T, impl=self.impl,
+        )  # fmt: skip
+        cls_residual = self.attn.merge(cls_out)
+        if frame is not None:
+            # the published mean over frames of w (W o + b) is W (mean w o) + b mean w
+            cls_residual = cls_residual + (frame.mean(1, keepdim=True) - 1) * self.attn.proj.bias
+        if cls_only:
+            return cls_residual, None
+        residual = self.attn.merge(out)
+        return cls_residual, residual if frame is None else frame[:, :, None, None] * residual
+
+
+class TimeSformer(VideoTransformer):
+    """Keywords as in `create_model`. Other grid sizes and frame counts than those of the tables
+    are met at run time: nearest neighbour for positions (2-D) and for frames (1-D)."""
+
+    backbone = "timesformer"
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 174,
+        frames: int = 8,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.1,
+        attention: Literal["divided", "joint", "space"] = "divided",
+        time_embed_every_block: bool = False,
+        time_heads: bool = True,
+        init: Literal["published", "scratch"] = "published",
+        impl: str = "auto",
+    ):
+        super().__init__(num_classes, frames, impl)
+        if attention not in ("divided", "joint", "space"):
+            raise ValueError(f"attention: expected divided, joint or space, got {attention!r}")
+        if attention == "space" and time_embed_every_block:
+            raise ValueError('time_embed_every_block: attention "space" has no time embedding')
+        self.attention = attention
+        self.time_embed_every_block = time_embed_every_block
+        self.grid = grid_of(image_size, patch_size)
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))
+        if attention != "space":
+            self.time_embed = nn.Parameter(torch.zeros(1, frames, dim))
+        rates = drop_path_rates(drop_path, depth)
+        self.blocks = nn.ModuleList(
+            DividedBlock(dim, heads, mlp_ratio, rate, impl)
+            if attention == "divided"
+            else Block(dim, heads, mlp_ratio, rate)
+            for rate in rates
+        )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.head = nn.Linear(dim, num_classes)
+        if time_heads:
+            self.add_time_heads(dim, frames)
+        self.reset_parameters(init)
+
+    @torch.no_grad()
+    def reset_parameters(self, init: str) -> None:
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if init == "scratch":
+            init_scratch(self)
+            nn.init.normal_(self.pos_embed, std=0.3)
+            if self.attention != "space":
+                nn.init.normal_(self.time_embed, std=0.3)
+        elif init == "published":
+            init_published(self)
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            for block in self.blocks:
+                if isinstance(block, DividedBlock):  # all blocks begin as the image model's
+                    nn.init.zeros_(block.temporal_fc.weight)
+        else:
+            raise ValueError(f"init: expected published or scratch, got {init!r}")
+
+    def features(self, video: Tensor) -> Features:
+        cls, x = self._run(video, cls_only=False)
+        return Features(self.norm(cls), self.norm(x))
+
+    def forward(self, video: Tensor) -> Tensor:
+        cls, _ = self._run(video, cls_only=True)
+        return self.classify(self.norm(cls))
+
+    def classify(self, cls: Tensor) -> Tensor:
+        return self.head(cls)
+
+    def _run(self, video: Tensor, cls_only: bool) -> tuple[Tensor, Tensor]:
+        """-> class token [B, C] and patches [B, T, N, C] before the final norm."""
+        cls, x, time = self._embed(video)
+        B, T, N, C = x.shape
+        if self.attention == "divided":
+            for i, block in enumerate(self.blocks):
+                if self.time_embed_every_block and i > 0:
+                    x = x + time
+                cls, x = block(cls, x, cls_only=cls_only and i == len(self.blocks) - 1)
+            return cls, x
+        if self.attention == "joint":
+            z = torch.cat([cls[:, None], x.flatten(1, 2)], 1)  # [B, 1+T*N, C]
+            for i, block in enumerate(self.blocks):
+                if self.time_embed_every_block and i > 0:
+                    z = torch.cat([z[:, :1], (z[:, 1:].unflatten(1, (T, N)) + time).flatten(1, 2)], 1)
+                z = block(z)
+            return z[:, 0], z[:, 1:].unflatten(1, (T, N))
+        z = torch.cat([cls[:, None, None].expand(B, T, 1, C), x], 2).flatten(0, 1)  # [B*T, 1+N, C]
+        for block in self.blocks:
+            z = block(z)
+        z = z.unflatten(0, (B, T))
+        return z[:, :, 0].mean(1), z[:, :, 1:]
+
+    def _embed(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> class token [B, C], patches [B, T, N, C] with their embeddings, time [T, 1, C]."""
+        x = self.patch_embed(video)  # [B, T, gh, gw, C]
+        B, T, gh, gw, _ = x.shape
+        cls_pos, pos = self.pos_embed[0, 0], self.pos_embed[0, 1:]
+        x = x.flatten(2, 3) + resize_grid(pos, self.grid, (gh, gw), "nearest")
+        cls = (self.cls_token[0, 0] + cls_pos).expand(B, -1)
+        if self.attention == "space":
+            return cls, x, x.new_zeros(())
+        time = resize_frames(self.time_embed[0], T)[:, None]  # [T, 1, C]
+        return cls, x + time, time

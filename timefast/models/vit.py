@@ -1,0 +1,195 @@
+"""What the three backbones share: patch embedding, attention projections, MLP, plain block,
+stochastic depth, resizing of position tables, initialisation, result types.
+
+Letters: B clips, T frames, N patches per frame (row-major), H heads, D head width, C model width,
+K classes. Module names are those of the published checkpoints.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6  # LayerNorm of every backbone (the temporal head of X-ViT has torch's 1e-5)
+
+
+@dataclass
+class Features:
+    """What a backbone sees in a clip, after its final norm."""
+
+    cls: Tensor  # [B, C]; X-ViT: [B, T, C], one per frame
+    tokens: Tensor  # [B, T, N, C]
+
+
+@dataclass
+class TimeOutputs:
+    """Class logits and the logits of the TIME heads, from one pass."""
+
+    logits: Tensor  # [B, K]
+    order: Tensor | None  # [B, T, L], L frames of the training clips; None if not asked for
+    flow: Tensor | None  # [B, T-1, N, 9]; None if not asked for
+    tokens: Tensor  # [B, T, N, C], what the heads see
+
+
+def grid_of(image_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Patches along height and width of an image of `image_size` (int or (height, width))."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height < patch_size or width < patch_size or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"image_size: expected a positive multiple of patch_size={patch_size}, "
+            f"got {height}x{width}"
+        )
+    return height // patch_size, width // patch_size
+
+
+class PatchEmbed(nn.Module):
+    """Each p x p patch of each frame through one linear map."""
+
+    def __init__(self, patch_size: int, dim: int):
+        super().__init__()
+        # a convolution by name, shape and initialisation, as in the published checkpoints
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video [B, 3, T, height, width] -> [B, T, gh, gw, C]."""
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(
+                f"video: expected [B, 3, T, height, width], got {list(video.shape)}; "
+                "frames are the third dimension"
+            )
+        p = self.proj.kernel_size[0]
+        gh, gw = grid_of(video.shape[-2:], p)
+        # one gathering copy and one matrix product, instead of a copy for the folded frames and
+        # a convolution; the gathered order is that of the convolution weight: channel, row, column
+        patches = video.unflatten(4, (gw, p)).unflatten(3, (gh, p))  # [B, 3, T, gh, p, gw, p]
+        patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)  # [B, T, gh, gw, 3*p*p]
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """The two projections around an attention op."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"heads: expected a divisor of dim={dim}, got {heads}")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [..., C] -> q, k, v [..., H, D]: strided views of one projection, nothing copied."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+
+    def merge(self, out: Tensor) -> Tensor:
+        """out [..., H, D] -> [..., C]."""
+        return self.proj(out.flatten(-2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Plain attention over the tokens of x [..., S, C]."""
+        q, k, v = (y.transpose(-3, -2) for y in self.split(x))  # [..., H, S, D]
+        return self.merge(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, mlp_ratio: float):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
+        self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """z += Attn(LN z); z += MLP(LN z), each with stochastic depth per entry of z's first dim."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        drop_path: float = 0.0,
+        *,
+        qkv_bias: bool = True,
+        norm_eps: float = NORM_EPS,
+    ):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, mlp_ratio)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z [B, S, C] -> [B, S, C]."""
+        z = z + self.drop(self.attn(self.norm1(z)))
+        return z + self.drop(self.mlp(self.norm2(z)))
+
+    def drop(self, residual: Tensor) -> Tensor:
+        scale = keep_scale(self, (len(residual), 1, 1), residual)
+        return residual if scale is None else residual * scale
+
+
+def keep_scale(module: nn.Module, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """Stochastic depth: Bernoulli(1-r)/(1-r), r = module.drop_path, one draw per entry of `shape`.
+
+    None where nothing can be dropped: in evaluation, and for r = 0.
+    """
+    rate = float(module.drop_path)  # type: ignore[arg-type]
+    if not module.training or rate == 0.0:
+        return None
+    keep = 1.0 - rate
+    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
+
+
+def drop_path_rates(drop_path: float, depth: int) -> list[float]:
+    """The rate of each block, from 0 at the first to `drop_path` at the last."""
+    if not 0.0 <= drop_path < 1.0:
+        raise ValueError(f"drop_path: expected 0 <= rate < 1, got {drop_path}")
+    return [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+
+
+def resize_frames(table: Tensor, frames: int) -> Tensor:
+    """table [L, C] -> [T, C]: row floor(t*L/T) for frame t (1-D nearest neighbour)."""
+    length = len(table)
+    if frames == length:
+        return table
+    return table[torch.arange(frames, device=table.device) * length // frames]
+
+
+def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
+    """table [old_h*old_w, C] -> [new_h*new_w, C] by 2-D interpolation ("nearest", "bicubic")."""
+    if old == new:
+        return table
+    image = table.reshape(1, *old, -1).permute(0, 3, 1, 2)  # [1, C, old_h, old_w]
+    align = None if mode == "nearest" else False
+    image = F.interpolate(image, size=new, mode=mode, align_corners=align)
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+@torch.no_grad()
+def init_published(module: nn.Module) -> None:
+    """The published initialisation: truncated normal 0.02 (cut at +-2) for linear weights, zero
+    biases; convolutions keep PyTorch's default."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+@torch.no_grad()
+def init_scratch(module: nn.Module) -> None:
+    """For training without pre-trained weights: Xavier-uniform for all linear weights, zero biases.
+
+    The published initialisation is made for ImageNet weights; from scratch it learns no order
+    (docs/design.md has the numbers).
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
