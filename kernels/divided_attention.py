@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
 from timefast.kernels.matmul_attention import (
@@ -50,9 +50,10 @@ def time_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tens
     if _by_matmul(q, q.shape[1]):
         return MatmulAttention.apply(q, k, v, scale, (0, 2, 3, 1, 4))  # as [B, N, H, T, D]
     # Positions and heads share a dimension: a batch of B * N can exceed a CUDA grid's 65,535.
-    folded = (x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))  # [B, N*H, T, D]
-    out = F.scaled_dot_product_attention(*folded, scale=scale)
-    return out.transpose(1, 2).unflatten(2, q.shape[2:4])
+    places = q.shape[2:4]
+    q, k, v = (x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))  # [B, N*H, T, D]
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).unflatten(2, places)
 
 
 @in_float32
@@ -87,10 +88,11 @@ def space_attention_cpu(
     if _by_matmul(q, 1 + q.shape[2]):
         out, cls_frames = _MatmulSpace.apply(q, k, v, cls_q, cls_k, cls_v, scale)
     else:
+        frames = q.shape[:2]
         tokens = (_with_class(*pair) for pair in ((q, cls_q), (k, cls_k), (v, cls_v)))
-        frames = (x.flatten(0, 1).transpose(1, 2) for x in tokens)  # [B*T, H, S, D]
-        both = F.scaled_dot_product_attention(*frames, scale=scale).transpose(1, 2)
-        both = both.unflatten(0, q.shape[:2])  # [B, T, S, H, D]
+        q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in tokens)  # [B*T, H, S, D]
+        both = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+        both = both.unflatten(0, frames)  # [B, T, S, H, D]
         out, cls_frames = both[:, :, 1:], both[:, :, 0]
     return out, _over_frames(cls_frames, frame_weight).to(q.dtype)
 
@@ -128,20 +130,18 @@ class _MatmulSpace(torch.autograd.Function):
         q_frames, k_frames, v_frames = (
             _frames(*pair) for pair in ((q, cls_q), (k, cls_k), (v, cls_v))
         )
-        saved = rows(q_frames), columns(k_frames), columns(v_frames)
-        out, p = attend(*saved, scale)
+        saved = rows(q_frames), columns(k_frames), rows(v_frames)
+        out, p = attend(saved, scale)
         ctx.save_for_backward(*saved, p)
         ctx.scale, ctx.shape, ctx.dtype = scale, q_frames.shape, q.dtype
-        return _patches(out.view(ctx.shape), q.dtype), out.view(ctx.shape)[:, :, :, 0].clone()
+        out = out.view(ctx.shape)
+        return _patches(out, q.dtype), out[:, :, :, 0].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_cls: Tensor) -> tuple[Tensor | None, ...]:
         grad_rows = rows(_frames(grad, grad_cls))
-        grads = [
-            x.view(ctx.shape)
-            for x in attend_grad(grad_rows, *ctx.saved_tensors, ctx.scale)
-        ]
+        grads = [x.view(ctx.shape) for x in attend_grad(grad_rows, ctx.saved_tensors, ctx.scale)]
         patches = (_patches(x, ctx.dtype) for x in grads)
         classes = (x[:, :, :, 0].sum(1).to(ctx.dtype) for x in grads)
         return *patches, *classes, None
@@ -158,7 +158,32 @@ def _frames(x: Tensor, cls: Tensor) -> Tensor:
 
 
 def _patches(frames: Tensor, dtype: torch.dtype) -> Tensor:
-    return frames[:, :, :, 1:].transpose(2, 3).to(dtype).contiguous()  # [B, T, N, H, D]
+    return frames[:, :, :, 1:].transpose(2, 3).to(dtype)  # [B, T, N, H, D]
+
+
+def _qkv(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: Generator) -> Any:
+    """q, k, v and the class token's, as slices of one fused projection [B, 1 + T*N, 3, H, D]."""
+    clips, frames, patches, heads, width = shape
+    tokens = torch.randn(clips, 1 + frames * patches, 3, heads, width, generator=generator)
+    tokens = tokens.to(device, dtype)
+    qkv = tokens[:, 1:].unflatten(1, (frames, patches)).unbind(3)
+    return qkv, tokens[:, 0].unbind(1)
+
+
+def _time_case(name: str, *shape: int, size: str = "tiny") -> Case:
+    def build(dtype: torch.dtype, device: str, generator: Generator) -> Any:
+        return _qkv(shape, dtype, device, generator)[0], {}
+
+    return Case(name, build, size)
+
+
+def _space_case(name: str, *shape: int, weighted: bool = False, size: str = "tiny") -> Case:
+    def build(dtype: torch.dtype, device: str, generator: Generator) -> Any:
+        qkv, cls = _qkv(shape, dtype, device, generator)
+        weight = torch.rand(shape[:2], generator=generator).to(device, dtype)
+        return (*qkv, *cls), {"frame_weight": weight if weighted else None}
+
+    return Case(name, build, size)
 
 
 TIME_ATTENTION = register(
@@ -166,6 +191,17 @@ TIME_ATTENTION = register(
         "time_attention",
         reference=time_attention_reference,
         impls={"cpu": Impl(time_attention_cpu)},
+        cases=(
+            _time_case("tiny-odd", 2, 3, 5, 2, 16),
+            _time_case("one-frame", 1, 1, 4, 1, 32),
+            _time_case("prime-frames-width-48", 1, 17, 3, 3, 48),
+            _time_case("empty-batch", 0, 4, 6, 2, 32),
+            _time_case("mid", 2, 8, 49, 3, 64, size="mid"),
+            _time_case("mid-16-frames", 2, 16, 49, 3, 64, size="mid"),
+            _time_case("paper-ssv2", 8, 8, 196, 12, 64, size="paper"),
+            _time_case("paper-ssv2-b64", 64, 8, 196, 12, 64, size="paper"),
+            _time_case("paper-16-frames", 8, 16, 196, 12, 64, size="paper"),
+        ),
     )
 )
 SPACE_ATTENTION = register(
@@ -173,6 +209,18 @@ SPACE_ATTENTION = register(
         "space_attention",
         reference=space_attention_reference,
         impls={"cpu": Impl(space_attention_cpu)},
+        cases=(
+            _space_case("tiny-odd", 2, 3, 5, 2, 16),
+            _space_case("weighted", 2, 4, 9, 2, 32, weighted=True),
+            _space_case("one-patch-one-frame", 1, 1, 1, 1, 32),
+            _space_case("two-tiles-width-80", 1, 2, 70, 1, 80, weighted=True),
+            _space_case("empty-batch", 0, 4, 6, 2, 32, weighted=True),
+            _space_case("mid", 2, 8, 49, 3, 64, size="mid"),
+            _space_case("mid-16-frames", 2, 16, 49, 3, 64, size="mid"),
+            _space_case("paper-ssv2", 8, 8, 196, 12, 64, size="paper"),
+            _space_case("paper-ssv2-b64", 64, 8, 196, 12, 64, size="paper"),
+            _space_case("paper-16-frames", 8, 16, 196, 12, 64, size="paper"),
+        ),
     )
 )
 
@@ -201,8 +249,8 @@ def time_attention(
         ValueError: a shape, dtype or device does not fit, or `impl` is unknown.
         NotImplementedError: the `impl` named cannot run on these inputs; all reasons are given.
     """
-    _check(q, k, v)
     q, k, v = autocast(q, k, v)
+    _check(q, k, v)
     return dispatch(TIME_ATTENTION, impl, q, k, v, scale=_scale(q, scale))
 
 
@@ -245,13 +293,14 @@ def space_attention(
         ValueError: a shape, dtype or device does not fit, or `impl` is unknown.
         NotImplementedError: the `impl` named cannot run on these inputs; all reasons are given.
     """
+    q, k, v, cls_q, cls_k, cls_v = autocast(q, k, v, cls_q, cls_k, cls_v)
     _check(q, k, v)
     clips, frames, _, heads, width = q.shape
     for name, x in (("cls_q", cls_q), ("cls_k", cls_k), ("cls_v", cls_v)):
         check_like("q", q, name, x, (clips, heads, width))
     if frame_weight is not None:
         check_like("q", q, "frame_weight", frame_weight, (clips, frames), any_float=True)
-    tensors = autocast(q, k, v, cls_q, cls_k, cls_v)
+    tensors = (q, k, v, cls_q, cls_k, cls_v)
     scale = _scale(q, scale)
     return dispatch(SPACE_ATTENTION, impl, *tensors, frame_weight=frame_weight, scale=scale)
 

@@ -16,6 +16,7 @@ of static pixels sit exactly on the edge of what counts as inside the image.
 
 import importlib.util
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -26,6 +27,14 @@ from timefast.kernels.op import Case, Impl, Op, dispatch, register
 
 MINIMUM_SIDE = 32  # pixels; a scale with a shorter side is not used
 DETERMINANT_FLOOR = 1e-3
+PUBLISHED: dict[str, Any] = {  # of the flow labels, and the defaults
+    "pyr_scale": 0.5,
+    "levels": 3,
+    "winsize": 15,
+    "iterations": 3,
+    "poly_n": 5,
+    "poly_sigma": 1.2,
+}
 BORDER_WEIGHTS = (0.14, 0.14, 0.4472, 0.4472, 0.4472)  # by distance from the edge, then 1
 
 
@@ -323,19 +332,19 @@ def _solve(matrices: Tensor) -> Tensor:
     return torch.stack([(g11 * h2 - g12 * h1) * inverse, (g22 * h1 - g12 * h2) * inverse], dim=-3)
 
 
-def farneback_cv2(prev: Tensor, next: Tensor, **parameters: float) -> Tensor:
+def farneback_cv2(prev: Tensor, next: Tensor, **parameters: Any) -> Tensor:
     """OpenCV itself, pair after pair on the calling thread."""
     return _opencv(prev, next, threads=1, **parameters)
 
 
-def farneback_cpu(prev: Tensor, next: Tensor, **parameters: float) -> Tensor:
+def farneback_cpu(prev: Tensor, next: Tensor, **parameters: Any) -> Tensor:
     """OpenCV over a pool of threads: it holds no lock while it works on a pair. The workers of a
     `DataLoader` have one PyTorch thread each, and therefore start no pool."""
     return _opencv(prev, next, threads=torch.get_num_threads(), **parameters)
 
 
 @torch.compiler.disable
-def _opencv(prev: Tensor, next: Tensor, *, threads: int, **parameters: float) -> Tensor:
+def _opencv(prev: Tensor, next: Tensor, *, threads: int, **parameters: Any) -> Tensor:
     import cv2
 
     *batch, height, width = prev.shape
@@ -357,17 +366,42 @@ def _opencv(prev: Tensor, next: Tensor, *, threads: int, **parameters: float) ->
     return flow.permute(0, 3, 1, 2).contiguous().view(*batch, 2, height, width)
 
 
+def _farneback_triton(prev: Tensor, next: Tensor, **parameters: Any) -> Tensor:
+    from timefast.kernels.farneback_triton import farneback_triton
+
+    return farneback_triton(prev, next, **parameters)
+
+
+def why_not_triton(prev: Tensor, *others: Tensor, **parameters: Any) -> list[str]:
+    reasons = []
+    if prev.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"the input is on {prev.device}; triton takes CUDA")
+    if min(prev.shape[-2:]) < 16:
+        reasons.append(
+            f"images are {prev.shape[-2]} x {prev.shape[-1]}; triton takes 16 x 16 and larger"
+        )
+    return reasons
+
+
+def triton_unavailable() -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["Triton is not installed; `pip install triton` provides it"]
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return ["torch sees no CUDA device (TRITON_INTERPRET=1 runs kernels on the CPU, for tests)"]
+    return []
+
+
 def opencv_missing() -> list[str]:
     if importlib.util.find_spec("cv2") is None:
         return ["OpenCV is not installed; `pip install opencv-python-headless` provides it"]
     return []
 
 
-def _why_not_cv2(prev: Tensor, next: Tensor, **parameters: float) -> list[str]:
+def _why_not_cv2(prev: Tensor, next: Tensor, **parameters: Any) -> list[str]:
     return [] if prev.device.type == "cpu" else [f"prev is on {prev.device}; OpenCV takes CPU"]
 
 
-def _why_not_cpu(prev: Tensor, next: Tensor, **parameters: float) -> list[str]:
+def _why_not_cpu(prev: Tensor, next: Tensor, **parameters: Any) -> list[str]:
     reasons = _why_not_cv2(prev, next)
     if min(prev.shape[-2:]) < 2 * len(BORDER_WEIGHTS):
         reasons.append(
@@ -402,6 +436,7 @@ farneback_op = register(
         name="farneback",
         reference=farneback_reference,
         impls={
+            "triton": Impl(_farneback_triton, why_not_triton, triton_unavailable, auto=("cuda",)),
             "cpu": Impl(farneback_cpu, _why_not_cpu, opencv_missing, auto=("cpu",)),
             "cv2": Impl(farneback_cv2, _why_not_cv2, opencv_missing, auto=()),
         },

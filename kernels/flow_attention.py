@@ -6,9 +6,11 @@ TIME (its flow-prediction head) uses one head as wide as the model, C = 768, whe
 end at 128 or 256. Letters: B clips, P = T - 1 frame pairs, N patches per frame, C width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from timefast.kernels.matmul_attention import MAX_LENGTH, MatmulAttention
 from timefast.kernels.op import (
@@ -35,11 +37,27 @@ def pairwise_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> 
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+def _case(name: str, clips: int, pairs: int, *shape: int, size: str = "tiny") -> Case:
+    def build(dtype: torch.dtype, device: str, generator: Generator) -> Any:
+        q, k, v = torch.randn(3, clips, pairs + 1, *shape, generator=generator).to(device, dtype)
+        return (q[:, 1:], k[:, :-1], v[:, :-1]), {}
+
+    return Case(name, build, size)
+
+
 PAIRWISE_ATTENTION = register(
     Op(
         "pairwise_attention",
         reference=pairwise_attention_reference,
         impls={"cpu": Impl(pairwise_attention_cpu)},
+        cases=(
+            _case("tiny-odd", 2, 2, 5, 24),
+            _case("no-pairs", 2, 0, 5, 24),
+            _case("two-tiles", 1, 2, 70, 48),
+            _case("mid", 2, 7, 49, 192, size="mid"),
+            _case("paper-ssv2", 8, 7, 196, 768, size="paper"),
+            _case("paper-ssv2-b64", 64, 7, 196, 768, size="paper"),
+        ),
     )
 )
 

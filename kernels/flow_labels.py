@@ -22,24 +22,19 @@ import torch
 from torch import Tensor
 
 from timefast.kernels.farneback import (
+    PUBLISHED,
     farneback_cpu,
     farneback_cv2,
     farneback_reference,
     opencv_missing,
     smooth_texture,
+    triton_unavailable,
+    why_not_triton,
 )
 from timefast.kernels.op import Case, Impl, Op, dispatch, register
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green, blue
 GAIN = 128.0  # the published code multiplies the normalised grey frame by this
-PUBLISHED: dict[str, Any] = {
-    "pyr_scale": 0.5,
-    "levels": 3,
-    "winsize": 15,
-    "iterations": 3,
-    "poly_n": 5,
-    "poly_sigma": 1.2,
-}
 
 
 def flow_labels(
@@ -192,6 +187,12 @@ def flow_labels_cv2(
     return _labels(farneback_cv2(frames[:, :-1], frames[:, 1:], **PUBLISHED), patch_size, tau)
 
 
+def _flow_labels_triton(video: Tensor, **parameters: Any) -> Tensor:
+    from timefast.kernels.farneback_triton import flow_labels_triton
+
+    return flow_labels_triton(video, **parameters)
+
+
 def _why_not_opencv(video: Tensor, **parameters: Any) -> list[str]:
     return [] if video.device.type == "cpu" else [f"video is on {video.device}; OpenCV takes CPU"]
 
@@ -212,6 +213,7 @@ flow_labels_op = register(
         name="flow_labels",
         reference=flow_labels_reference,
         impls={
+            "triton": Impl(_flow_labels_triton, why_not_triton, triton_unavailable, auto=("cuda",)),
             "cpu": Impl(flow_labels_cpu, _why_not_opencv, opencv_missing, auto=("cpu",)),
             "cv2": Impl(flow_labels_cv2, _why_not_opencv, opencv_missing, auto=()),
         },

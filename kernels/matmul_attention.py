@@ -1,9 +1,9 @@
 """Attention on a CPU by batched matrix products: many short sequences, probabilities kept.
 
 Library attention is tuned for few long sequences. Here there are thousands of short ones, and what
-costs is not arithmetic but how the small matrices lie in memory and how narrow softmax rows are
-walked. Both are chosen here, forward and backward, so that products with a transposed right
-operand, the slow kind, come last. Letters: A sequences, S their length, D head width.
+costs is not arithmetic but copies, products of small matrices with a transposed right operand, and
+softmax over rows too narrow for vector registers. The order in which matrices are laid out here
+avoids most of that, forward and backward. Letters: A sequences, S their length, D head width.
 """
 
 from typing import Any
@@ -29,24 +29,24 @@ def columns(x: Tensor) -> Tensor:
     return rows(x.transpose(-1, -2))
 
 
-def attend(
-    q_rows: Tensor, k_columns: Tensor, v_columns: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """-> output [A, S, D], probabilities [A, S, S]."""
+def attend(tokens: tuple[Tensor, Tensor, Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """From q rows, k columns, v rows: output [A, S, D] and probabilities [A, S, S]."""
+    q_rows, k_columns, v_rows = tokens
     scores = torch.bmm(q_rows, k_columns).mul_(scale)  # [A, S, S]
     if scores.shape[-1] < _NARROW:
         p = scores.permute(2, 0, 1).softmax(0).permute(1, 2, 0)
     else:
         p = scores.softmax(-1)
-    return torch.bmm(p, v_columns.transpose(1, 2)), p
+    return torch.bmm(p, v_rows), p
 
 
 def attend_grad(
-    grad_rows: Tensor, q_rows: Tensor, k_columns: Tensor, v_columns: Tensor, p: Tensor, scale: float
+    grad_rows: Tensor, saved: tuple[Tensor, Tensor, Tensor, Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, each [A, S, D], from that of the output."""
+    """Gradients of q, k, v, each [A, S, D]; `saved` is what `attend` took, and probabilities."""
+    q_rows, k_columns, v_rows, p = saved
     dv = torch.bmm(p.transpose(1, 2), grad_rows)
-    ds = torch.bmm(grad_rows, v_columns).mul_(p)  # P * dP
+    ds = torch.bmm(grad_rows, columns(v_rows)).mul_(p)  # P * dP
     ds = ds.sub_(p * ds.sum(-1, keepdim=True)).mul_(scale)
     dq = torch.bmm(ds, k_columns.transpose(1, 2))
     dk = torch.bmm(ds.transpose(1, 2), q_rows)
@@ -56,8 +56,7 @@ def attend_grad(
 class MatmulAttention(torch.autograd.Function):
     """softmax(scale * q k^T) v over the last two dimensions of x.permute(order).
 
-    Takes any strided views; output and gradients are contiguous in the order of the inputs, so that
-    the split of a fused qkv projection collects its gradient with straight copies.
+    Takes any strided views; output and gradients are permuted views of what the products wrote.
     """
 
     @staticmethod
@@ -65,18 +64,18 @@ class MatmulAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, order: tuple[int, ...]
     ) -> Tensor:
         q, k, v = (x.permute(order) for x in (q, k, v))
-        saved = rows(q), columns(k), columns(v)
-        out, p = attend(*saved, scale)
+        saved = rows(q), columns(k), rows(v)
+        out, p = attend(saved, scale)
         ctx.save_for_backward(*saved, p)
         ctx.scale, ctx.order, ctx.back, ctx.dtype = scale, order, _inverse(order), q.dtype
-        return out.view(q.shape).permute(ctx.back).to(ctx.dtype).contiguous()
+        return out.view(q.shape).permute(ctx.back).to(ctx.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.permute(ctx.order)
-        grads = attend_grad(rows(grad), *ctx.saved_tensors, ctx.scale)
-        back = (x.view(grad.shape).permute(ctx.back).to(ctx.dtype).contiguous() for x in grads)
+        grads = attend_grad(rows(grad), ctx.saved_tensors, ctx.scale)
+        back = (x.view(grad.shape).permute(ctx.back).to(ctx.dtype) for x in grads)
         return *back, None, None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from timefast.report import ClipStrip, Guess, pictures, with_flow
+from timefast.report_clips import ClipStrip, Guess, pictures, with_flow
 
 CLASSES = (
     "Moving something from left to right",

@@ -84,7 +84,8 @@ def test_labels_equal_the_stored_labels(path):
 @pytest.mark.parametrize(
     ("dx", "dy", "label"),
     [
-        (3, 1, 1), (1, 3, 2), (-1, 3, 3), (-3, 1, 4), (-3, -1, 5), (-1, -3, 6), (1, -3, 7), (3, -1, 8)
+        (3, 1, 1), (1, 3, 2), (-1, 3, 3), (-3, 1, 4),
+        (-3, -1, 5), (-1, -3, 6), (1, -3, 7), (3, -1, 8),
     ],
 )  # fmt: skip
 def test_a_translated_video_has_the_octant_of_its_motion(dx, dy, label, impl):

@@ -44,7 +44,7 @@ def recognise(state: Mapping[str, Tensor]) -> str:
     The published Motionformer and X-ViT differ from TIME's in a few keys only, which
     `from_motionformer` and `from_xvit` take care of. Raises InputError if no family fits.
     """
-    if any(key.startswith("timesformer.") for key in state):
+    if any(key.startswith(("timesformer.", "encoder.layer.")) for key in state):
         return "huggingface"
     if any(key.startswith("model.blocks.") for key in state):
         return "timesformer"
@@ -124,11 +124,11 @@ def _rename(key: str, layer: str, new_layer: str, within: dict, others: dict) ->
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> Converted:
-    """`TimesformerForVideoClassification`; a `TimesformerModel` has no classifier."""
-    new = {
-        key: _rename(key, "timesformer.encoder.layer.", "blocks.", _HF_LAYER, _HF_OTHER)
-        for key in state
-    }
+    """`TimesformerForVideoClassification`, or `TimesformerModel`, which has no classifier and no
+    prefix."""
+    prefix = "" if any(key.startswith("timesformer.") for key in state) else "timesformer."
+    layer = "timesformer.encoder.layer."
+    new = {key: _rename(prefix + key, layer, "blocks.", _HF_LAYER, _HF_OTHER) for key in state}
     return Converted(
         {new[key]: value for key, value in state.items()},
         how={name: f"renamed from {key}" for key, name in new.items() if name != key},
@@ -188,17 +188,13 @@ def from_imagenet(
     """
     out = Converted({})
     prefix = "base_model." if backbone == "xvit" else ""
-    for key, value in state.items():
+    for key, value in square_patches(state).items():
         name = prefix + key
         if key.startswith("head.") and (
             name not in shapes or tuple(shapes[name]) != tuple(value.shape)
         ):
             out.unused[key] = "the classifier of another set of classes"
             continue
-        if key == "patch_embed.proj.weight" and value.ndim == 2:
-            side = math.isqrt(value.shape[1] // 3)
-            value = value.reshape(-1, 3, side, side)
-            out.how[name] = "reshaped from 2-D"
         if key == "pos_embed" and name in shapes and shapes[name][1] != value.shape[1]:
             # TIME resizes bicubic for TimeSformer, X-ViT bilinear
             mode = "bilinear" if backbone == "xvit" else "bicubic"
@@ -212,6 +208,16 @@ def from_imagenet(
     if backbone == "motionformer":
         _inflate_tubes(out, shapes)
     return out
+
+
+def square_patches(state: Mapping[str, Tensor]) -> State:
+    """An ImageNet state dict with its patch weight [C, 3*p*p] as [C, 3, p, p]."""
+    key = "patch_embed.proj.weight"
+    weight = state.get(key)
+    if weight is None or weight.ndim != 2:
+        return dict(state)
+    side = math.isqrt(weight.shape[1] // 3)
+    return {**state, key: weight.reshape(-1, 3, side, side)}
 
 
 def _copy_to_time(out: Converted, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -295,8 +301,6 @@ def sizes_of(
         "mlp_ratio": _ratio(dim, hidden),
         "time_heads": "temp_head.weight" in state,
     }
-    if dim % 64 == 0:
-        sizes["heads"] = dim // 64  # every published model has heads of width 64
     head = "consensus.head.weight" if backbone == "xvit" else "head.weight"
     if head in state:
         sizes["num_classes"] = state[head].shape[0]

@@ -237,7 +237,8 @@ def _make(job: tuple[int, _Video, Path]) -> None:
 
 
 def _one_thread() -> None:
-    cv2.setNumThreads(1)
+    # 0, not 1: to shrink to 1 a forked process would wait for its parent's threads, for ever
+    cv2.setNumThreads(0)
 
 
 def write_demo_data(

@@ -1,13 +1,12 @@
 """Videos that could not be used: named, classified, counted, bounded by a budget."""
 
-import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from timefast.data.batch import Failure
 from timefast.errors import InputError
+from timefast.log import replace_json_lines
 
 LEAST_BUDGET = 10  # a small data set may always hold this many bad files
 
@@ -45,9 +44,7 @@ class FailureLog:
         self._write()
 
     def _write(self) -> None:
-        side = self.path.with_name(f".tmp-{self.path.name}")
-        side.write_text("".join(json.dumps(e) + "\n" for e in self._seen.values()), "utf-8")
-        os.replace(side, self.path)
+        replace_json_lines(self.path, list(self._seen.values()))
 
     def _over_budget(self) -> str:
         kinds = Counter(entry["class"] for entry in self._seen.values())

@@ -13,11 +13,18 @@ from typing import Any
 logger = logging.getLogger("timefast")
 
 
+class _Console(logging.Handler):
+    """Plain lines on standard error, above a progress bar if one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def to_console(level: int = logging.INFO) -> None:
-    """Send the library's messages to standard error, one plain line each."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers[:] = [handler]
+    """Show the library's messages; what a command calls first."""
+    logger.handlers[:] = [_Console()]
     logger.setLevel(level)
     logger.propagate = False
 
@@ -37,6 +44,13 @@ class JsonLines:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def replace_json_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Replace the whole file at once."""
+    side = path.with_name(f".tmp-{path.name}")
+    side.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in records), "utf-8")
+    os.replace(side, path)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

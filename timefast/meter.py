@@ -1,4 +1,4 @@
-"""What a training loop shows of itself: losses and times per window of steps, and a progress bar."""
+"""What a training loop shows of itself: losses and times of the last steps, a progress bar."""
 
 import logging
 import math
@@ -22,7 +22,13 @@ class Progress:
         )
         self.total = total
 
-    def update(self, line: dict[str, Any]) -> None:
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def show(self, line: dict[str, Any]) -> None:
         parts = {k.removeprefix("loss_"): line[k] for k in line if k.startswith("loss_")}
         shown = {k: f"{v:.2f}" for k, v in parts.items() if v}
         rate = f"{line['clips_per_s']:.1f} clips/s"
@@ -82,16 +88,16 @@ class Window:
         self._norms.append(norm)
         self._samples.append([])
 
-    def read(self) -> tuple[dict[str, Any], list[int]]:
-        """Mean losses, speed, and the videos of steps that were skipped as not finite."""
+    def read(self) -> tuple[dict[str, Any], list[list[int]]]:
+        """Means over the steps, and the videos of each step whose gradients were not finite."""
         norms = torch.stack(self._norms).cpu()
         sums = {k: float(v) / len(norms) for k, v in self._sums.items()}
         seconds = time.perf_counter() - self._start
-        skipped: list[int] = []
+        skipped: list[list[int]] = []
         for finite, samples in zip(norms.isfinite().tolist(), self._samples, strict=False):
             self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
             if not finite:
-                skipped += torch.cat(samples).tolist()
+                skipped.append(torch.cat(samples).tolist())
 
         def finite_or_none(value: float) -> float | None:
             return value if math.isfinite(value) else None

@@ -4,13 +4,9 @@ The page is made from what the run directory holds: `config.json`, `metrics.json
 `failures.jsonl` and the newest complete checkpoint. It refers to nothing outside itself. The part
 that needs checkpoint and videos (frames with flow directions and frame order) says in the page why
 it is missing when one of them is gone; everything else does not depend on it.
-
-Legend: B clips, T frames, N patches per frame (row-major).
 """
 
 import argparse
-import base64
-import io
 import json
 import logging
 import math
@@ -18,14 +14,14 @@ import os
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from timefast import __version__
-from timefast.checkpoint import list_checkpoints
 from timefast.errors import InputError
 from timefast.log import read_json_lines, to_console
+from timefast.report_clips import ClipStrip, clip_strips
 
 logger = logging.getLogger("timefast")
 
@@ -38,7 +34,6 @@ LOSSES = {
     "loss_debias": "debias",
     "loss_flow": "flow",
 }
-CLIPS = 4  # videos shown with frames
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -84,7 +79,7 @@ def render(
     config: dict[str, Any],
     metrics: Iterable[dict[str, Any]],
     failures: Iterable[dict[str, Any]],
-    strips: Sequence["ClipStrip"],
+    strips: Sequence[ClipStrip],
     excuse: str | None,
     *,
     name: str,
@@ -131,9 +126,6 @@ def render(
         versions=config.get("versions") or {},
         implementations=config.get("implementations") or {},
     )
-
-
-# --- numbers ------------------------------------------------------------------------------------
 
 
 def _finite(value: Any) -> TypeGuard[float]:
@@ -191,9 +183,6 @@ def _gap(record: dict[str, Any]) -> float | None:
         return record["gap"]
     original, shuffled = record.get("top1"), record.get("shuffled_top1")
     return original - shuffled if _finite(original) and _finite(shuffled) else None
-
-
-# --- words --------------------------------------------------------------------------------------
 
 
 def _setting(config: dict[str, Any], section: str, key: str) -> Any:
@@ -327,8 +316,6 @@ def _sections(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return sections
 
 
-# --- charts -------------------------------------------------------------------------------------
-
 WIDTH, HEIGHT = 520, 250  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 40, 508, 12, 222  # the plotting area
 
@@ -421,174 +408,6 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     step = next(base * m for m in (1, 2, 5, 10) if base * m >= raw * 0.999)
     first, last = math.ceil(low / step), math.floor(high / step + 1e-9)
     return [round(i * step, 10) for i in range(first, last + 1)]
-
-
-# --- clips --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Guess:
-    name: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class Arrows:
-    """Flow directions of one frame as two SVG paths: those that agree with the truth, and not."""
-
-    right: str
-    wrong: str = ""
-
-
-@dataclass(frozen=True)
-class ClipStrip:
-    """One video as the model sees it; lists have an entry per frame (flow: per frame pair)."""
-
-    id: str
-    true_class: str
-    original: Guess
-    shuffled: Guess
-    size: tuple[int, int]  # height, width in pixels
-    columns: int  # patches in a row
-    frames: list[str]  # data URIs
-    order: list[int] = field(default_factory=list)  # predicted position of each frame, from 0
-    true_flow: list[Arrows] = field(default_factory=list)
-    flow: list[Arrows] = field(default_factory=list)
-    flow_right: float | None = None  # share of patches, in percent
-
-
-def clip_strips(run_dir: Path, config: dict[str, Any]) -> tuple[list[ClipStrip], str | None]:
-    """Frames and predictions of a few validation videos, or the reason why there are none."""
-    if not list_checkpoints(run_dir):
-        return [], f"There is no complete checkpoint in {run_dir / 'checkpoints'}."
-    root = _setting(config, "data", "root")
-    if not root or not Path(root).exists():
-        return [], f"The videos are not here: {root} does not exist on this machine."
-    import torch
-
-    # a page about a run must not be lost to what became of its files: the reason goes into the page
-    try:
-        with torch.inference_mode():
-            strips = _predict_clips(run_dir, config, Path(root))
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        logger.warning("report without clips: %s", error)
-        return [], f"Checkpoint or videos could not be used: {type(error).__name__}: {error}"
-    return strips, None if strips else f"No video of {root} could be read."
-
-
-def _predict_clips(run_dir: Path, config: dict[str, Any], root: Path) -> list[ClipStrip]:
-    import torch
-
-    from timefast import load_model, ops
-    from timefast.data import open_videos
-    from timefast.data.batch import ClipSpec
-    from timefast.data.rng import generator
-    from timefast.pipelines.loader import ClipLoader
-
-    clip = {k: tuple(v) if isinstance(v, list) else v for k, v in config["clip"].items()}
-    spec = ClipSpec(**{**clip, "flow_rule": None, "flow_tau": None})
-    videos = open_videos(root, "validation")
-    records = _choose(videos.records, config.get("subsets") or videos.subsets)
-    model = load_model(run_dir, impl="auto").eval()
-    trained = _setting(config, "method", "losses") or ()
-    classes = config.get("classes") or videos.classes
-
-    def guess(logits: torch.Tensor) -> Guess:  # [1, K]
-        probability, label = logits[0].float().softmax(-1).max(-1)
-        return Guess(classes[int(label)], float(probability))
-
-    strips = []
-    chosen = replace(videos, records=tuple(records))
-    for batch in ClipLoader(chosen, spec, train=False, batch_size=1).batches(0):
-        if not len(batch.label):
-            continue
-        video, sample = batch.video, int(batch.sample[0])  # [1, 3, T, height, width]
-        shuffle = torch.as_tensor(generator(0, 0, sample, "report").permutation(video.shape[2]))
-        strip = ClipStrip(
-            id=records[sample].id,
-            true_class=classes[records[sample].label],
-            original=guess(model(video)),
-            shuffled=guess(model(video[:, :, shuffle])),
-            size=(video.shape[3], video.shape[4]),
-            columns=video.shape[4] // spec.patch_size,
-            frames=pictures(video[0], spec.mean, spec.std),
-        )
-        if "order" in trained or "flow" in trained:
-            out = model.time_outputs(video)
-            tube = video.shape[2] // out.order.shape[1]  # frames per token
-            strip = replace(strip, frames=strip.frames[::tube])
-        if "order" in trained:
-            strip = replace(strip, order=out.order[0].argmax(-1).tolist())
-        if "flow" in trained:
-            truth = ops.flow_labels(
-                video[:, :, ::tube], patch_size=spec.patch_size, rule=clip["flow_rule"],
-                tau=clip["flow_tau"], mean=spec.mean, std=spec.std,
-            )[0].tolist()  # fmt: skip
-            strip = with_flow(strip, out.flow[0].argmax(-1).tolist(), truth)
-        strips.append(strip)
-    return strips
-
-
-def with_flow(
-    strip: ClipStrip, predicted: Sequence[Sequence[int]], truth: Sequence[Sequence[int]]
-) -> ClipStrip:
-    """Add flow labels [T-1][N], 0..8, to a clip."""
-    patch = strip.size[1] // strip.columns
-    pairs = [pair for p, t in zip(predicted, truth, strict=True) for pair in zip(p, t, strict=True)]
-    return replace(
-        strip,
-        true_flow=[arrows(t, t, strip.columns, patch) for t in truth],
-        flow=[arrows(p, t, strip.columns, patch) for p, t in zip(predicted, truth, strict=True)],
-        flow_right=100 * sum(p == t for p, t in pairs) / len(pairs),
-    )
-
-
-def _choose(records: Sequence[Any], subsets: dict[str, Sequence[int]]) -> list[Any]:
-    """First videos of a few classes: two neighbouring temporal ones, another, a static one."""
-    present = {r.label: r for r in reversed(records)}
-    temporal = [label for label in subsets.get("temporal", ()) if label in present]
-    static = [label for label in subsets.get("static", ()) if label in present]
-    picks = [*temporal[:2], *temporal[len(temporal) // 2 :][:1], *static[:1]]
-    labels = sorted(present)
-    picks += labels[:: max(1, len(labels) // CLIPS)]
-    return [present[label] for label in list(dict.fromkeys(picks))[:CLIPS]]
-
-
-def pictures(video: Any, mean: Sequence[float], std: Sequence[float]) -> list[str]:
-    """Normalised video [3, T, height, width] -> T JPEG pictures as data URIs."""
-    from PIL import Image
-
-    uris = []
-    for frame in video.float().cpu().permute(1, 2, 3, 0).numpy():  # [height, width, 3]
-        grey = ((frame * std + mean) * 255).round().clip(0, 255).astype("uint8")
-        buffer = io.BytesIO()
-        Image.fromarray(grey).save(buffer, "JPEG", quality=88)
-        uris.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
-    return uris
-
-
-def arrows(labels: Sequence[int], truth: Sequence[int], columns: int, patch: int) -> Arrows:
-    """Draw N labels 0..8 of one frame: k is an arrow at 45 k - 22.5 degrees, y down.
-
-    A still patch (0) is left empty, or gets a dot if it moves in truth.
-    """
-    drawn: dict[bool, list[str]] = {True: [], False: []}
-    for n, (label, true) in enumerate(zip(labels, truth, strict=True)):
-        x, y = (n % columns + 0.5) * patch, (n // columns + 0.5) * patch
-        path = f"M{x:g} {y:g}h0" if true else ""
-        if label:
-            tail, tip, left, right = (
-                f"{x + reach * patch * math.cos(turn):.1f} {y + reach * patch * math.sin(turn):.1f}"
-                for reach, turn in _arrow_points(math.radians(45 * label - 22.5))
-            )
-            path = f"M{tail}L{tip}M{left}L{tip}L{right}"
-        drawn[label == true].append(path)
-    return Arrows("".join(drawn[True]), "".join(drawn[False]))
-
-
-def _arrow_points(angle: float) -> tuple[tuple[float, float], ...]:
-    """Tail, tip and both barbs as (distance from the patch centre in patches, direction)."""
-    return (0.36, angle + math.pi), (0.36, angle), (0.27, angle + 1.4), (0.27, angle - 1.4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,41 @@
+"""Data sets: annotation files become records; nothing is decoded here."""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from timefast.data import folder, ssv2
+from timefast.data.batch import VideoSet
+from timefast.errors import InputError
+
+logger = logging.getLogger("timefast")
+
+
+def open_videos(root: str | Path, split: Literal["train", "validation"]) -> VideoSet:
+    """One split of the data set in the folder `root`, whose layout is recognised.
+
+    Layouts: Something-Something v2 (data/ssv2.py), lists and class folders (data/folder.py).
+    Raises InputError if there is none of them or its files do not fit each other.
+    """
+    if split not in ("train", "validation"):
+        raise ValueError(f"split: expected 'train' or 'validation', got {split!r}")
+    root = Path(root).expanduser().absolute()
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise InputError(
+            f"data folder {root} {what}; give the folder that holds the annotation files, or "
+            "make a small data set with `python -m timefast.demo_data DIR`"
+        )
+    if (path := ssv2.find(root, split)) is not None:
+        return ssv2.load(root, split, path)
+    if (path := folder.find_list(root, split)) is not None:
+        return folder.load_list(root, split, path)
+    if (path := folder.find_classes(root, split)) is not None:
+        return folder.load_classes(root, split, path)
+    entries = sorted(entry.name for entry in root.iterdir())
+    raise InputError(
+        f"{root} holds no {split} split of a layout known here. Expected one of: "
+        f"something-something-v2-{split}.json or {split}.json (Something-Something v2), "
+        f"{split}.csv (lines `path label`), or a folder {split}/ with a folder per class. "
+        f"Found: {', '.join(entries[:8]) + (', ...' if len(entries) > 8 else '') or 'nothing'}"
+    )

@@ -1,5 +1,6 @@
 """What flows between the floors: records of a data set, clips and batches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ class VideoSet:
     records: tuple[Record, ...]
     classes: tuple[str, ...]
     subsets: dict[str, tuple[int, ...]] = field(default_factory=dict)  # "temporal" -> labels
+    video_root: Path | None = None  # videos must resolve to a place under it (None: under root)
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,18 @@ class Batch:
     view: torch.Tensor  # int64 [B], view number (0 in training)
     flow_label: torch.Tensor | None = None  # int64 [B, T-1, N], classes 0..8
     failures: list[Failure] = field(default_factory=list)
+    notices: list[Failure] = field(default_factory=list)  # used, but "short" or "views-collapsed"
 
     def to(self, device: torch.device | str) -> "Batch":
-        def move(x: torch.Tensor) -> torch.Tensor:
-            return x.to(device, non_blocking=True)
+        return self._map(lambda x: x.to(device, non_blocking=True))
 
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory; a DataLoader calls this by name."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         flow = None if self.flow_label is None else move(self.flow_label)
         return Batch(
             move(self.video), move(self.label), move(self.sample), move(self.view), flow,
-            self.failures,
+            self.failures, self.notices,
         )  # fmt: skip

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from timefast.config import Parser
 from timefast.data import open_videos
 from timefast.data.batch import ClipSpec, VideoSet
+from timefast.device import autocast_for, pick_device
 from timefast.errors import InputError
 from timefast.eval.accuracy import predict, protocol, summarise, table
 from timefast.log import to_console
 from timefast.pipelines.loader import ClipLoader
 from timefast.run_folder import write_json
-from timefast.train import autocast_for, pick_device
 from timefast.weights import load_model
 
 logger = logging.getLogger("timefast")

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PARTS = ("ce", "order", "debias", "flow")
-
 
 class _Outputs(Protocol):
     logits: Tensor
@@ -50,9 +48,7 @@ def debias_loss(shuffled_logits: Tensor) -> Tensor:
     return -F.log_softmax(shuffled_logits.float(), dim=-1).mean()
 
 
-def flow_loss(
-    flow_logits: Tensor, flow_labels: Tensor, *, label_smoothing: float = 0.0
-) -> Tensor:
+def flow_loss(flow_logits: Tensor, flow_labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Cross entropy of each patch's motion direction.
 
     flow_logits [B, T-1, N, 9], flow_labels int [B, T-1, N] with values 0..8 -> scalar, the mean
@@ -93,26 +89,20 @@ def time_losses(
     s_ce, s_order, s_flow = _smoothing(label_smoothing)
     out = model.time_outputs(video, order=w_order != 0, flow=w_flow != 0)
     ce = F.cross_entropy(out.logits.float(), labels, label_smoothing=s_ce)
-    losses = {"total": ce, "ce": ce}
-    zero = ce.new_zeros(())
-    losses["order"] = zero
-    losses["debias"] = zero
-    losses["flow"] = zero
+    order = debias = flow = ce.new_zeros(())
     if out.order is not None:
-        losses["order"] = order_loss(out.order, label_smoothing=s_order)
-        losses["total"] = losses["total"] + w_order * losses["order"]
+        order = order_loss(out.order, label_smoothing=s_order)
     if w_debias != 0:
         if permutation is None:
-            raise ValueError("permutation: expected an order of the frames, since debias != 0")
-        order = torch.as_tensor(permutation, device=video.device)
-        losses["debias"] = debias_loss(model(video.index_select(2, order)))
-        losses["total"] = losses["total"] + w_debias * losses["debias"]
+            raise ValueError("permutation: expected an order of the frames, got None")
+        shuffled = video.index_select(2, torch.as_tensor(permutation, device=video.device))
+        debias = debias_loss(model(shuffled))
     if out.flow is not None:
         if flow_labels is None:
-            raise ValueError("flow_labels: expected labels [B, T-1, N], since flow != 0")
-        losses["flow"] = flow_loss(out.flow, flow_labels, label_smoothing=s_flow)
-        losses["total"] = losses["total"] + w_flow * losses["flow"]
-    return losses
+            raise ValueError("flow_labels: expected labels [B, T-1, N], got None")
+        flow = flow_loss(out.flow, flow_labels, label_smoothing=s_flow)
+    total = ce + w_order * order + w_debias * debias + w_flow * flow
+    return {"total": total, "ce": ce, "order": order, "debias": debias, "flow": flow}
 
 
 def _smoothing(value: float | Sequence[float] | Mapping[str, float]) -> tuple[float, float, float]:

@@ -24,6 +24,8 @@ class VideoTransformer(nn.Module):
     config: dict[str, Any]  # keywords of create_model that rebuild this model
     # what the clips are normalised with: TIME, Motionformer and X-ViT 0.5, TimeSformer 0.45/0.225
     normalisation: dict[str, list[float]]
+    classes: list[str] | None = None  # names, where the weights came with them
+    load_report: Any = None  # timefast.weights.LoadReport of the weights it was loaded from
 
     def __init__(self, num_classes: int, frames: int, impl: str):
         super().__init__()
@@ -57,9 +59,7 @@ class VideoTransformer(nn.Module):
         """video [B, 3, T, height, width], normalised -> class logits [B, K]."""
         raise NotImplementedError
 
-    def time_outputs(
-        self, video: Tensor, *, order: bool = True, flow: bool = True
-    ) -> TimeOutputs:
+    def time_outputs(self, video: Tensor, *, order: bool = True, flow: bool = True) -> TimeOutputs:
         """Class, order and flow logits of video [B, 3, T, height, width] from one pass.
 
         Raises ValueError if a head is asked for and the model was made with time_heads=False.

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timefast import ops
@@ -76,9 +77,7 @@ class DividedBlock(nn.Module):
         # the drop acts before temporal_fc, so the bias of temporal_fc survives it
         return self.temporal_fc(out if position is None else position * out)
 
-    def space_step(
-        self, cls: Tensor, x: Tensor, cls_only: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def space_step(self, cls: Tensor, x: Tensor, cls_only: bool) -> tuple[Tensor, Tensor | None]:
         """Each frame's patches and the class token within the frame; the class token's T answers
         are averaged. The residual of the patches is None if `cls_only`."""
         B, T = x.shape[:2]
@@ -179,23 +178,35 @@ class TimeSformer(VideoTransformer):
     def _run(self, video: Tensor, cls_only: bool) -> tuple[Tensor, Tensor]:
         """-> class token [B, C] and patches [B, T, N, C] before the final norm."""
         cls, x, time = self._embed(video)
-        B, T, N, C = x.shape
+        again = time if self.time_embed_every_block else None
         if self.attention == "divided":
-            for i, block in enumerate(self.blocks):
-                if self.time_embed_every_block and i > 0:
-                    x = x + time
-                cls, x = block(cls, x, cls_only=cls_only and i == len(self.blocks) - 1)
-            return cls, x
-        if self.attention == "joint":
-            z = torch.cat([cls[:, None], x.flatten(1, 2)], 1)  # [B, 1+T*N, C]
-            for i, block in enumerate(self.blocks):
-                if self.time_embed_every_block and i > 0:
-                    z = torch.cat([z[:, :1], (z[:, 1:].unflatten(1, (T, N)) + time).flatten(1, 2)], 1)
-                z = block(z)
-            return z[:, 0], z[:, 1:].unflatten(1, (T, N))
-        z = torch.cat([cls[:, None, None].expand(B, T, 1, C), x], 2).flatten(0, 1)  # [B*T, 1+N, C]
-        for block in self.blocks:
+            return self._divided(cls, x, again, cls_only)
+        return self._joint(cls, x, again) if self.attention == "joint" else self._space(cls, x)
+
+    def _divided(
+        self, cls: Tensor, x: Tensor, again: Tensor | None, cls_only: bool
+    ) -> tuple[Tensor, Tensor]:
+        for i, block in enumerate(self.blocks):
+            if again is not None and i > 0:
+                x = x + again
+            cls, x = block(cls, x, cls_only=cls_only and i == len(self.blocks) - 1)
+        return cls, x
+
+    def _joint(self, cls: Tensor, x: Tensor, again: Tensor | None) -> tuple[Tensor, Tensor]:
+        T, N = x.shape[1:3]
+        z = torch.cat([cls[:, None], x.flatten(1, 2)], 1)  # [B, 1+T*N, C]
+        for i, block in enumerate(self.blocks):
+            if again is not None and i > 0:
+                rows = again.expand(T, N, -1).flatten(0, 1)
+                z = z + F.pad(rows, (0, 0, 1, 0))  # nothing for the class token
             z = block(z)
+        return z[:, 0], z[:, 1:].unflatten(1, (T, N))
+
+    def _space(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        B, T, _, C = x.shape
+        z = torch.cat([cls[:, None, None].expand(B, T, 1, C), x], 2).flatten(0, 1)
+        for block in self.blocks:
+            z = block(z)  # [B*T, 1+N, C]
         z = z.unflatten(0, (B, T))
         return z[:, :, 0].mean(1), z[:, :, 1:]
 

@@ -1,0 +1,81 @@
+"""Own videos: a `path label` list per split, or a folder per class.
+
+Lists: `train.csv` and `validation.csv` (or `val.csv`; also with the ending .txt), one video a line,
+path and label apart by space, comma or tab, a path with spaces in double quotes. Paths are relative
+to the data folder. Class names come from `classes.txt`, one a line, if there is one.
+Folders: `train/<class>/*.mp4` and `validation/<class>/...` (or `val/`); classes in alphabetical
+order.
+"""
+
+import csv
+from pathlib import Path
+from typing import Literal
+
+from timefast.data.annotation import is_plain_relative, read_text, refuse
+from timefast.data.batch import Record, VideoSet
+from timefast.data.subsets import subset_labels
+from timefast.errors import InputError
+
+_NAMES = {"train": ("train",), "validation": ("validation", "val")}
+_VIDEO_SUFFIXES = {".webm", ".mp4", ".mkv", ".avi", ".mov", ".m4v"}
+
+
+def find_list(root: Path, split: str) -> Path | None:
+    paths = (root / f"{name}{end}" for name in _NAMES[split] for end in (".csv", ".txt"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def find_classes(root: Path, split: str) -> Path | None:
+    return next((root / name for name in _NAMES[split] if (root / name).is_dir()), None)
+
+
+def load_list(root: Path, split: Literal["train", "validation"], path: Path) -> VideoSet:
+    """The records of a `path label` list. Raises InputError with the first three offenders."""
+    rows = _rows(path)
+    if not rows:
+        raise InputError(f"{path}: the split is empty; is it the right file?")
+    names = root / "classes.txt"
+    if names.is_file():
+        classes = tuple(line.strip() for line in read_text(names).splitlines() if line.strip())
+    else:
+        other = find_list(root, "validation" if split == "train" else "train")
+        most = max(label for _, label in rows + (_rows(other) if other else []))
+        classes = tuple(str(label) for label in range(most + 1))
+    bad = [f"{p} has {label}" for p, label in rows if not 0 <= label < len(classes)]
+    refuse(path, f"labels outside 0..{len(classes) - 1}", bad, f"Correct them or {names.name}.")
+    records = tuple(Record(p, root / p, label, classes[label]) for p, label in rows)
+    return VideoSet("list", split, root, records, classes, subset_labels(root, classes))
+
+
+def load_classes(root: Path, split: Literal["train", "validation"], folder: Path) -> VideoSet:
+    """The records of a folder per class; the two splits must have the same classes."""
+    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    records = tuple(
+        Record(str(path.relative_to(folder)), path, label, name)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).iterdir())
+        if path.suffix.lower() in _VIDEO_SUFFIXES
+    )
+    if not records:
+        raise InputError(
+            f"{folder}: no videos in it; expected a folder per class with "
+            f"{', '.join(sorted(_VIDEO_SUFFIXES))} files"
+        )
+    return VideoSet("folders", split, root, records, classes, subset_labels(root, classes))
+
+
+def _rows(path: Path) -> list[tuple[str, int]]:
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    rows = []
+    bad = []
+    for number, line in enumerate(lines, start=1):
+        delimiter = next((d for d in "\t," if d in line), " ")
+        fields = [f.strip() for f in next(csv.reader([line], delimiter=delimiter)) if f.strip()]
+        if len(fields) != 2 or not fields[1].isdecimal():
+            bad.append(f"line {number}: {line[:80]!r}")
+        else:
+            rows.append((fields[0], int(fields[1])))
+    refuse(path, "lines that are not `path label`", bad, "Put paths with spaces in double quotes.")
+    bad = [repr(p) for p, _ in rows if not is_plain_relative(p)]
+    refuse(path, "paths that could lead out of the data folder", bad, "Make them relative to it.")
+    return rows
