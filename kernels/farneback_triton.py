@@ -11,8 +11,8 @@ float32 and contiguous; only the video is read through strides.
     labels        patch means                    in place of the last solve: flow is not stored
                   label                          one program per pair
 
-Each frame is expanded once, though it belongs to two pairs. Nothing waits for the device, and every
-launch parameter follows from shapes and Python numbers, so a side stream or a CUDA graph may run it.
+Each frame is expanded once, though it belongs to two pairs. Nothing waits for the device, and each
+launch parameter follows from shapes and Python numbers: side streams and CUDA graphs may run this.
 Sums keep the order of the reference, divisions and roots are rounded correctly, and
 multiply-adds are not fused (`enable_fp_fusion=False`): static pixels sit exactly on the edge of
 what counts as inside, where a residue of 1e-9 instead of 0 changes labels. There is no matrix
@@ -449,11 +449,10 @@ def _label_kernel(
         dy = tl.load(vectors_ptr + patches + n, mask=mask, other=0.0)
         radius = tl.sqrt_rn(dx * dx + dy * dy)
         if MINMAX:
-            moving = tl.div_rn(100 * (radius - low), extent) >= 1
-            moving &= extent >= 2.220446049250313e-16
+            percent = tl.div_rn(100 * (radius - low), extent)
+            moving = tl.where(extent >= 2.220446049250313e-16, percent, 0.0) >= 1
         else:
             moving = radius >= tau
-        moving &= broken == 0
         # the vector turned by quarters into the first quadrant, where it is (along, across)
         quarter = tl.where(dy > 0, tl.where(dx <= 0, 1, 0), tl.where(dx < 0, 2, 3))
         quarter = tl.where((dy == 0) & (dx >= 0), 0, quarter)
@@ -461,8 +460,8 @@ def _label_kernel(
         along = tl.where(even, tl.abs(dx), tl.abs(dy))
         across = tl.where(even, tl.abs(dy), tl.abs(dx))
         octant = 2 * quarter + tl.where((across >= along) & (across > 0), 1, 0)
-        label = tl.where(moving, octant + 1, 0).to(tl.int64)
-        tl.store(labels_ptr + pair * patches + n, label, mask=mask)
+        label = tl.where(broken == 0, tl.where(moving, octant + 1, 0), 0)
+        tl.store(labels_ptr + pair * patches + n, label.to(tl.int64), mask=mask)
 
 
 def _tiles(height: int, width: int, rows: int) -> int:
@@ -567,7 +566,7 @@ def _run(
     clips, _, frames_per_clip = video.shape[:3]
     pairs = clips * (frames_per_clip - 1)
     weights = basis(poly_n, poly_sigma)
-    scales = pyramid(*video.shape[-2:], pyr_scale, levels)
+    scales = pyramid(video.shape[-2], video.shape[-1], pyr_scale, levels)
     radius = winsize // 2
     shared: dict[str, Any] = {"RADIUS": radius, "enable_fp_fusion": False}
     flow = coarser = out
@@ -578,10 +577,8 @@ def _run(
         full = scale is scales[-1]
         flow = out if full and not patch_size else sums.new_empty((pairs, 2, height, width))
         for iteration in range(iterations):
-            if iteration:
-                start = STORED
-            else:
-                start = ZERO if scale is scales[0] else COARSER
+            before = ZERO if scale is scales[0] else COARSER
+            start = STORED if iteration else before
             _match_kernel[(pairs * _tiles(height, width, ROWS),)](
                 expansion,
                 coarser if start == COARSER else flow,
@@ -670,20 +667,14 @@ def _(prev: Tensor, next: Tensor, *parameters: Any) -> Tensor:
     return prev.new_empty((*batch, 2, height, width), dtype=torch.float32)
 
 
-@torch.library.custom_op("timefast::flow_labels", mutates_args=())
-def flow_labels_triton(
-    video: Tensor, patch_size: int, tau: float | None, channels: Sequence[float]
-) -> Tensor:
-    """[B, 3, T, height, width] -> int64 [B, T-1, N]; tau None is the minmax rule."""
-    clips, _, frames, height, width = video.shape
-    patches = (height // patch_size) * (width // patch_size)
-    vectors = video.new_empty((clips, frames - 1, 2, patches), dtype=torch.float32)
-    labels = video.new_empty((clips, frames - 1, patches), dtype=torch.int64)
-    if labels.numel():
-        _in_parts(video, vectors, channels=tuple(channels), patch_size=patch_size, **PUBLISHED)
-        block = min(1024, triton.next_power_of_2(patches))
-        with torch.cuda.device_of(video):
-            _label_kernel[(clips * (frames - 1),)](
+def labelled(vectors: Tensor, tau: float | None) -> Tensor:
+    """Contiguous mean vectors [P, 2, N] -> int64 [P, N]; tau None is the minmax rule."""
+    pairs, _, patches = vectors.shape
+    labels = vectors.new_empty((pairs, patches), dtype=torch.int64)
+    block = min(1024, triton.next_power_of_2(patches))
+    if pairs:
+        with torch.cuda.device_of(vectors):
+            _label_kernel[(pairs,)](
                 vectors,
                 labels,
                 patches,
@@ -695,6 +686,18 @@ def flow_labels_triton(
                 enable_fp_fusion=False,
             )
     return labels
+
+
+@torch.library.custom_op("timefast::flow_labels", mutates_args=())
+def flow_labels_triton(
+    video: Tensor, patch_size: int, tau: float | None, channels: Sequence[float]
+) -> Tensor:
+    """[B, 3, T, height, width] -> int64 [B, T-1, N]; tau None is the minmax rule."""
+    clips, _, frames, height, width = video.shape
+    patches = (height // patch_size) * (width // patch_size)
+    vectors = video.new_empty((clips, frames - 1, 2, patches), dtype=torch.float32)
+    _in_parts(video, vectors, channels=tuple(channels), patch_size=patch_size, **PUBLISHED)
+    return labelled(vectors.flatten(0, 1), tau).view(clips, frames - 1, patches)
 
 
 @flow_labels_triton.register_fake

@@ -40,6 +40,7 @@ KINDS = {
     "too-long": "more frames than MAX_FRAMES",
     "corrupt": "decoding fails on the way",
     "timeout": "took longer than TIMEOUT_S",
+    "changed": "not the file that a scan found good, and not usable now",
 }
 MAX_PIXELS = 8192 * 4320
 MAX_FRAMES = 100_000
@@ -109,6 +110,42 @@ def decode(path: Path, pick: Callable[[int], Sequence[int]], root: Path) -> Deco
             raise VideoError("corrupt", f"frame {error} comes only sometimes") from error
         except _DAMAGE as error:
             raise VideoError("corrupt", f"decoding fails: {_said(error)}") from error
+
+
+def probe(path: Path, root: Path, *, deep: bool) -> dict[str, Any]:
+    """What a file holds: codec, pixel format, width, height (as stored), rotation (degrees
+    counter-clockwise), frames, duration (seconds, None if unknown), short (reason or None).
+
+    All packets are read; `deep` decodes all frames, else only the first. Raises VideoError.
+    """
+    with open_video(path, root) as video:
+        context = video.stream.codec_context
+        frames, first = len(video.packets), None
+        short = video.short
+        try:
+            came = 0
+            for frame in _frames(video):
+                first = first or frame
+                came += 1
+                if not deep:
+                    break
+        except _DAMAGE as error:
+            raise VideoError("corrupt", f"decoding fails: {_said(error)}") from error
+        if first is None:
+            raise VideoError("unreadable", f"none of {frames} frames can be decoded")
+        if deep and came < frames:
+            frames, short = came, f"{came} of {frames} frames can be decoded"
+        duration = video.container.duration
+        return {
+            "codec": context.name,
+            "pixel_format": first.format.name,
+            "width": first.width,
+            "height": first.height,
+            "rotation": round(first.rotation),
+            "frames": frames,
+            "duration": None if duration is None else duration / av.time_base,
+            "short": short,
+        }
 
 
 @contextmanager
@@ -182,7 +219,9 @@ def _video_stream(container: Any) -> Any:
     """The first video stream that is not a cover picture, ready to decode with one thread."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
-        found = ", ".join(s.type for s in container.streams) or "nothing"
+        found = ", ".join(s.type for s in container.streams)
+        if not found:
+            raise VideoError("unreadable", "there are no streams in it")
         raise VideoError("no-video", f"has no video stream (it holds {found})")
     stream = streams[0]
     context = stream.codec_context
@@ -208,7 +247,7 @@ def _cut_off(container: Any, stream: Any, packets: list[Any]) -> str | None:
     if not stamps or not stream.average_rate:
         return None
     frame = 1 / float(stream.average_rate)
-    lasts = float((max(stamps) - min(stamps)) * stream.time_base) + frame
+    lasts = float(max(stamps) * stream.time_base) + frame
     if promised - lasts < 0.9 * frame:
         return None
     return f"{len(packets)} frames, {lasts:.2f} s of the {promised:.2f} s that its header promises"
@@ -216,24 +255,31 @@ def _cut_off(container: Any, stream: Any, packets: list[Any]) -> str | None:
 
 def _decode(video: Opened, wanted: set[int]) -> tuple[dict[int, np.ndarray], int | None]:
     """Wanted frames by number; and, if the video ended before the last of them, its frame count."""
-    reformatter = VideoReformatter()  # keeps its tables from frame to frame
-    deadline = time.monotonic() + TIMEOUT_S
+    # keeps its tables from frame to frame; its default, a thread per core, costs a small frame
+    # fifty times what the conversion does
+    reformatter = VideoReformatter()
     kept: dict[int, np.ndarray] = {}
-    last, number, size = max(wanted), 0, (0, 0)
+    last, came, size = max(wanted), 0, (0, 0)
+    for number, frame in enumerate(_frames(video)):
+        size = size if number else (frame.width, frame.height)
+        if number in wanted:
+            # a change of size on the way is brought back to the size of the first frame
+            rgb = reformatter.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
+            turns = round(frame.rotation / 90) % 4  # counter-clockwise
+            kept[number] = np.rot90(rgb, turns) if turns else rgb
+        if number == last:
+            return kept, None
+        came = number + 1
+    return kept, came
+
+
+def _frames(video: Opened) -> Iterator[Any]:
+    """The frames in the order in which they are shown."""
+    deadline = time.monotonic() + TIMEOUT_S
     for packet in (*video.packets, None):
-        for frame in video.stream.codec_context.decode(packet):
-            size = size if number else (frame.width, frame.height)
-            if number in wanted:
-                # a change of size on the way is brought back to the size of the first frame
-                rgb = reformatter.reformat(frame, *size, format="rgb24").to_ndarray()
-                turns = round(frame.rotation / 90) % 4  # counter-clockwise
-                kept[number] = np.rot90(rgb, turns) if turns else rgb
-            if number == last:
-                return kept, None
-            number += 1
+        yield from video.stream.codec_context.decode(packet)
         if time.monotonic() > deadline:
             raise VideoError("timeout", f"decoding took more than {TIMEOUT_S:.0f} s")
-    return kept, number
 
 
 def _said(error: BaseException) -> str:

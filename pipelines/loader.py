@@ -31,11 +31,13 @@ from timefast.data.sampling import distinct_views, train_frames, view_frames
 from timefast.errors import InputError
 from timefast.pipelines.cpu_decode import Decoded, VideoError, decode
 from timefast.pipelines.labels import clip_labels, one_thread
+from timefast.pipelines.manifest import Known
 
 logger = logging.getLogger("timefast")
 
 MOST_SUBSTITUTES = 50  # bad videos in a row before a training batch is given up
 MOST_WORKERS = 16
+SECONDS_AFTER_SIGTERM = 30  # what a worker has to deliver the batches a stopping run still needs
 Job = tuple[int, int, int]  # epoch, first and end position in its order
 
 
@@ -114,6 +116,12 @@ class ClipLoader:
                 batch.flow_label = clip_labels(batch.video, self._spec)
             yield batch
 
+    def close(self) -> None:
+        """End the workers; a later call of `batches` starts new ones."""
+        if self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()
+            self._loader._iterator = None
+
 
 class _Jobs(Sampler[Job]):
     """Which videos each batch of the current epoch holds, by their position in its order."""
@@ -128,7 +136,7 @@ class _Jobs(Sampler[Job]):
 
 
 class _Batches(Dataset[Batch]):
-    """A batch for a job; all it remembers is which videos it found to be bad."""
+    """A batch for a job; all it remembers is which videos are bad."""
 
     def __init__(
         self,
@@ -141,6 +149,7 @@ class _Batches(Dataset[Batch]):
     ):
         self.videos, self.spec, self.train, self.seed = videos, spec, train, seed
         self.views, self.labels = views, labels
+        self.known = Known(videos)
         self.bad: dict[int, Failure] = {}
         self._order = -1, np.arange(0)  # epoch, its order
 
@@ -194,11 +203,18 @@ class _Batches(Dataset[Batch]):
         """The clips of one video, float32 [3, T, S, S] each."""
         if sample in self.bad:
             raise VideoError(self.bad[sample].kind, self.bad[sample].reason)
-        decoded = decode(
-            record.path,
-            lambda n: self._frames(n, sample, epoch),
-            self.videos.video_root or self.videos.root,
-        )
+        self.known.refuse(sample, record.path)
+        try:
+            decoded = decode(
+                record.path,
+                lambda n: self._frames(n, sample, epoch),
+                self.videos.video_root or self.videos.root,
+            )
+        except VideoError as error:
+            if self.known.changed(sample, record.path):
+                reason = f"not the file that was scanned any more; now {error.kind}: {error.reason}"
+                raise VideoError("changed", reason) from error
+            raise
         notices += self._notices(record, decoded)
         if self.train:
             return [self._train_clip(decoded.frames, sample, epoch)]
@@ -249,9 +265,11 @@ class _Batches(Dataset[Batch]):
 
 
 def _start_worker(number: int) -> None:
-    # the main process decides what a signal means; workers end when it does
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    # the main process decides what a signal means; workers end when it does. SIGTERM is put off
+    # and not ignored, since it is also how Python ends the workers of a main process that failed
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
     one_thread()
 
 
@@ -293,9 +311,10 @@ def _choose(pipeline: str) -> str:
 
 
 def _all_bad(failures: list[Failure]) -> str:
-    lines = [f"  {failure.path}: {failure.kind}, {failure.reason}" for failure in failures[:10]]
+    reasons = {failure.path: f"{failure.kind}, {failure.reason}" for failure in failures}
+    lines = [f"  {path}: {reason}" for path, reason in list(reasons.items())[:10]]
     return (
-        f"no substitute was found: {len(failures)} videos in a row cannot be used\n"
+        f"no substitute was found: {len(reasons)} videos in a row cannot be used\n"
         + "\n".join(lines)
         + "\nCheck the data folder with `python -m timefast.scan`."
     )

@@ -57,7 +57,7 @@ def fake_config(losses: tuple[str, ...] = ("order", "debias", "flow")) -> dict[s
         "subsets": SUBSETS,
         "clip": clip,
         "versions": {"python": "3.11.7", "torch": "2.13.0", "triton": "3.7.1", "av": "18.1.0"},
-        "git_commit": "0123456789abcdef0123456789abcdef01234567",
+        "git_commit": "0123456789ab+dirty",
         "device": "cpu",
         "implementations": {"time_attention": "cpu", "space_attention": "cpu", "farneback": "cv2"},
         "pipeline": "cpu (PyAV)",

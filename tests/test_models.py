@@ -100,6 +100,30 @@ def test_unknown_names_and_impossible_sizes_are_refused():
         small()(clip().transpose(1, 2))
 
 
+def test_xvit_exchanges_channels_within_runs_of_frames_only():
+    model = small("xvit", frames=8, depth=1, shift_segments=4).eval()
+    video = clip(T=8)
+    changed = video.clone()
+    changed[:, :, 4] += 1
+    cls, other = model.features(video).cls, model.features(changed).cls
+    assert (cls != other).any(-1)[0].tolist() == [False] * 4 + [True, True] + [False] * 2
+    with pytest.raises(ValueError, match="at most 4 frames .shift_segments. or a multiple"):
+        model(clip(T=6))
+    alone = small("xvit", depth=1, shift_blocks=[]).eval()
+    differs = alone.features(video).cls != alone.features(changed).cls
+    assert differs.any(-1)[0].tolist() == [False] * 4 + [True] + [False] * 3
+
+
+def test_xvit_repeats_its_time_embedding_and_resizes_its_positions():
+    model = small("xvit", embed_frames=2, shift_blocks=[]).eval()
+    still = clip(T=1).expand(-1, -1, 4, -1, -1)
+    cls = model.features(still).cls
+    torch.testing.assert_close(cls[:, :2], cls[:, 2:])
+    assert not torch.allclose(cls[:, 0], cls[:, 1], atol=1e-3)
+    assert model.base_model.pos_embed.shape == (1, 1 + 28 * 28, 32)  # 224 pixels, patches of 8
+    assert model(clip(height=32, width=32)).shape == (2, 5)
+
+
 @pytest.mark.parametrize("attention", ["divided", "joint", "space"])
 def test_timesformer_takes_other_lengths_and_sizes(attention):
     model = small(attention=attention)

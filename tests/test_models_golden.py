@@ -7,18 +7,24 @@ from golden_rule import assert_near, part, read_golden, rule_state, rule_video
 import timefast
 from timefast.losses import time_losses
 
-TIME = ["time_timesformer_t4", "time_timesformer_t8"]
+TIME = ["time_timesformer_t4", "time_timesformer_t8", "time_xvit_t4", "time_xvit_t8"]
 UPSTREAM = [
     "upstream_timesformer_divided",
     "upstream_timesformer_joint",
     "upstream_timesformer_spaceonly",
     "hf_timesformer_divided",
+    "upstream_xvit",
 ]
 
 
 def load(state: dict[str, torch.Tensor], config: dict) -> torch.nn.Module:
     """The golden model, told only what shapes cannot tell; no dropout."""
     keywords = {"heads": config["num_heads"], "image_size": config["img"], "drop_path": 0.0}
+    if config["backbone"] == "xvit":
+        keywords |= {
+            "head_heads": config["temporal_head"]["heads"], "head_dropout": 0.0,
+            "frames": config["frames"],
+        }  # fmt: skip
     return timefast.load_model(state, **keywords)
 
 
@@ -34,6 +40,8 @@ def block_outputs(model: torch.nn.Module, run) -> list[torch.Tensor]:
         if isinstance(out, tuple):
             cls, x = out
             out = torch.cat([cls[:, None], x.flatten(1, 2)], 1)
+        elif out.ndim == 4:  # X-ViT: [B, T, S, C]
+            out = out.flatten(0, 1)
         outputs.append(out.detach())
 
     hooks = [block.register_forward_hook(keep) for block in model.blocks]
@@ -107,7 +115,7 @@ def test_rule_makes_the_stated_values():
     assert torch.equal(rule_video(config)[0, :, 0].flatten()[:64], golden["input/video_head"])
 
 
-@pytest.mark.parametrize("name", ["full_timesformer_d2_grad"])
+@pytest.mark.parametrize("name", ["full_timesformer_d2_grad", "full_xvit_d2_grad"])
 def test_full_width_losses_and_gradients(name):
     golden, config = read_golden(name)
     state = rule_state(config)
@@ -130,7 +138,7 @@ def test_full_width_losses_and_gradients(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full_timesformer_d12"])
+@pytest.mark.parametrize("name", ["full_timesformer_d12", "full_xvit_d12"])
 def test_full_depth_outputs_and_losses(name):
     golden, config = read_golden(name)
     model = load(rule_state(config), config).train()

@@ -98,14 +98,25 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(data, finished
         return [{k: v for k, v in m.items() if k not in timeless} for m in lines(run, "train")]
 
     assert numbers(run) == numbers(finished)
-    state = [torch.load(r / "checkpoints/step-6/state.pt", weights_only=True) for r in (run, finished)]
+    state = [
+        torch.load(r / "checkpoints/step-6/state.pt", weights_only=True) for r in (run, finished)
+    ]
     for a, b in zip(*(s["optimizer"]["state"].values() for s in state), strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_sigterm_saves_stops_and_can_be_resumed(data, finished, tmp_path):
     run = tmp_path / "signalled"
-    command = [sys.executable, "-m", "timefast.train", *TINY, "--data", str(data), "--out", str(run)]
+    command = [
+        sys.executable,
+        "-m",
+        "timefast.train",
+        *TINY,
+        "--data",
+        str(data),
+        "--out",
+        str(run),
+    ]
     command += ["--eval-every", "1", "--workers", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -180,7 +191,9 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(data, tmp_path, m
         return losses
 
     monkeypatch.setattr(TimeMethod, "training_loss", sometimes_nan)
-    assert train(data, tmp_path / "run", "--max-steps", "3", "--save-every", "1", "--keep", "9") == 0
+    assert (
+        train(data, tmp_path / "run", "--max-steps", "3", "--save-every", "1", "--keep", "9") == 0
+    )
     one, two, three = (
         load_file(tmp_path / f"run/checkpoints/step-{n}/model.safetensors") for n in (1, 2, 3)
     )

@@ -286,6 +286,8 @@ def sizes_of(
     tubes = "patch_embed_3d.proj.weight"
     patch = tubes if tubes in state else f"{prefix}patch_embed.proj.weight"
     needed = [f"{prefix}cls_token", f"{prefix}pos_embed", patch, f"{prefix}blocks.0.mlp.fc1.weight"]
+    if backbone == "xvit":
+        needed += ["base_model.temp_embed", "consensus.mlp_head.1.weight"]
     missing = [key for key in needed if key not in state]
     if missing:
         raise InputError(
@@ -316,6 +318,22 @@ def sizes_of(
         return sizes
     sizes["table_size"] = table_size
     sizes["image_size"] = table_size if image_size is None else image_size
+    sizes.update(_xvit_sizes(state) if backbone == "xvit" else {})
+    return sizes
+
+
+def _xvit_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    embed_frames = state["base_model.temp_embed"].shape[1]
+    layers = {key.split(".")[2] for key in state if key.startswith("consensus.temporal_encoder.")}
+    sizes: dict[str, Any] = {
+        "embed_frames": embed_frames,
+        "head_layers": len(layers),
+        "head_width": state["consensus.mlp_head.1.weight"].shape[0],
+    }
+    if "temp_head.weight" not in state:
+        sizes["frames"] = embed_frames
+    if "base_model.pre_logits.fc.weight" in state:
+        sizes["pre_logits"] = "tanh"
     return sizes
 
 

@@ -5,12 +5,14 @@ from timefast.kernels.farneback import farneback
 from timefast.kernels.flow_attention import pairwise_attention
 from timefast.kernels.flow_labels import flow_labels
 from timefast.kernels.op import implementations
+from timefast.kernels.shift_attention import shift_attention
 
 __all__ = [
     "farneback",
     "flow_labels",
     "implementations",
     "pairwise_attention",
+    "shift_attention",
     "space_attention",
     "time_attention",
 ]

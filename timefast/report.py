@@ -266,7 +266,7 @@ def _facts(config: dict[str, Any], train: list[dict[str, Any]]) -> list[tuple[st
         ("Videos read by", config.get("pipeline")),
         ("Speed", _speed(train)),
         ("Started", str(config.get("created") or "").replace("T", " ")[:16]),
-        ("Commit", str(config.get("git_commit") or "")[:12]),
+        ("Commit", config.get("git_commit")),
     ]  # fmt: skip
     return [(label, str(value)) for label, value in facts if value not in (None, "")]
 

@@ -9,7 +9,7 @@ import base64
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,11 @@ def _predict_clips(run_dir: Path, config: dict[str, Any], root: Path) -> list[Cl
         )
         if "order" in trained or "flow" in trained:
             out = model.time_outputs(video)
-            tube = video.shape[2] // out.order.shape[1]  # frames per token
+            tube = video.shape[2] // out.tokens.shape[1]  # frames per token
             strip = replace(strip, frames=strip.frames[::tube])
-        if "order" in trained:
+        if "order" in trained and out.order is not None:
             strip = replace(strip, order=out.order[0].argmax(-1).tolist())
-        if "flow" in trained:
+        if "flow" in trained and out.flow is not None:
             truth = ops.flow_labels(
                 video[:, :, ::tube], patch_size=spec.patch_size, rule=clip["flow_rule"],
                 tau=clip["flow_tau"], mean=spec.mean, std=spec.std,
@@ -138,7 +138,7 @@ def with_flow(
     )
 
 
-def _choose(records: Sequence[Any], subsets: dict[str, Sequence[int]]) -> list[Any]:
+def _choose(records: Sequence[Any], subsets: Mapping[str, Sequence[int]]) -> list[Any]:
     """First videos of a few classes: two neighbouring temporal ones, another, a static one."""
     present = {r.label: r for r in reversed(records)}
     temporal = [label for label in subsets.get("temporal", ()) if label in present]
@@ -165,12 +165,12 @@ def pictures(video: Any, mean: Sequence[float], std: Sequence[float]) -> list[st
 def arrows(labels: Sequence[int], truth: Sequence[int], columns: int, patch: int) -> Arrows:
     """Draw N labels 0..8 of one frame: k is an arrow at 45 k - 22.5 degrees, y down.
 
-    A still patch (0) is left empty, or gets a dot if it moves in truth.
+    A still patch (0) is left empty, or gets a cross if it moves in truth.
     """
     drawn: dict[bool, list[str]] = {True: [], False: []}
     for n, (label, true) in enumerate(zip(labels, truth, strict=True)):
         x, y = (n % columns + 0.5) * patch, (n // columns + 0.5) * patch
-        path = f"M{x:g} {y:g}h0" if true else ""
+        path = _cross(x, y, 0.1 * patch) if true else ""
         if label:
             tail, tip, left, right = (
                 f"{x + reach * patch * math.cos(turn):.1f} {y + reach * patch * math.sin(turn):.1f}"
@@ -179,6 +179,12 @@ def arrows(labels: Sequence[int], truth: Sequence[int], columns: int, patch: int
             path = f"M{tail}L{tip}M{left}L{tip}L{right}"
         drawn[label == true].append(path)
     return Arrows("".join(drawn[True]), "".join(drawn[False]))
+
+
+def _cross(x: float, y: float, r: float) -> str:
+    return (
+        f"M{x - r:.1f} {y - r:.1f}l{2 * r:.1f} {2 * r:.1f}m0 {-2 * r:.1f}l{-2 * r:.1f} {2 * r:.1f}"
+    )
 
 
 def _arrow_points(angle: float) -> tuple[tuple[float, float], ...]:

@@ -210,6 +210,7 @@ class Trainer:
             )
             return 128 + (self.interrupt.signal or 0)
         finally:
+            self.loader.close()
             self.metrics.close()
             self.lock.close()
         logger.info(
@@ -367,15 +368,14 @@ class Trainer:
         loader = self._loader(train=False, views=views)
         predictions = predict(
             self.model,
-            self._until_interrupted(
-                tqdm(loader.batches(0), "eval", len(loader), disable=None, leave=False)
-            ),
+            self._until_interrupted(loader.batches(0), len(loader)),
             views=views[0] * views[1],
             draws=draws,
             seed=self.config.run.seed,
             device=self.device,
             autocast=self.autocast,
         )
+        loader.close()
         self._note_failures(list(predictions.failures))
         subsets = {"all": None, **self.validation.subsets}
         rows = {name: summarise(predictions, self.validation, y) for name, y in subsets.items()}

@@ -363,7 +363,9 @@ def _refuse_unknown(backbone: str, config: Mapping[str, Any]) -> None:
 
 # what a checkpoint may be asked to become, beside what its shapes tell; models with tables that
 # are resized at run time take any image size
-_ADAPTABLE = {"frames", "image_size", "num_classes", "time_heads", "init", "impl", "drop_path"}
+_ADAPTABLE = {
+    "frames", "image_size", "num_classes", "time_heads", "init", "impl", "drop_path", "pre_logits",
+}  # fmt: skip
 
 
 def _refuse_contradictions(

@@ -1,6 +1,5 @@
 """Data sets: annotation files become records; nothing is decoded here."""
 
-import logging
 from pathlib import Path
 from typing import Literal
 
@@ -8,10 +7,15 @@ from timefast.data import folder, ssv2
 from timefast.data.batch import VideoSet
 from timefast.errors import InputError
 
-logger = logging.getLogger("timefast")
+Split = Literal["train", "validation"]
+_LAYOUTS = (
+    (ssv2.find, ssv2.load),
+    (folder.find_list, folder.load_list),
+    (folder.find_classes, folder.load_classes),
+)
 
 
-def open_videos(root: str | Path, split: Literal["train", "validation"]) -> VideoSet:
+def open_videos(root: str | Path, split: Split) -> VideoSet:
     """One split of the data set in the folder `root`, whose layout is recognised.
 
     Layouts: Something-Something v2 (data/ssv2.py), lists and class folders (data/folder.py).
@@ -26,12 +30,9 @@ def open_videos(root: str | Path, split: Literal["train", "validation"]) -> Vide
             f"data folder {root} {what}; give the folder that holds the annotation files, or "
             "make a small data set with `python -m timefast.demo_data DIR`"
         )
-    if (path := ssv2.find(root, split)) is not None:
-        return ssv2.load(root, split, path)
-    if (path := folder.find_list(root, split)) is not None:
-        return folder.load_list(root, split, path)
-    if (path := folder.find_classes(root, split)) is not None:
-        return folder.load_classes(root, split, path)
+    for find, load in _LAYOUTS:
+        if (path := find(root, split)) is not None:
+            return load(root, split, path)
     entries = sorted(entry.name for entry in root.iterdir())
     raise InputError(
         f"{root} holds no {split} split of a layout known here. Expected one of: "
@@ -39,3 +40,9 @@ def open_videos(root: str | Path, split: Literal["train", "validation"]) -> Vide
         f"{split}.csv (lines `path label`), or a folder {split}/ with a folder per class. "
         f"Found: {', '.join(entries[:8]) + (', ...' if len(entries) > 8 else '') or 'nothing'}"
     )
+
+
+def has_split(root: str | Path, split: Split) -> bool:
+    """Whether the folder holds such a split in a layout known here."""
+    root = Path(root).expanduser().absolute()
+    return any(find(root, split) is not None for find, _ in _LAYOUTS)

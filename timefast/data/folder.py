@@ -17,7 +17,7 @@ from timefast.data.subsets import subset_labels
 from timefast.errors import InputError
 
 _NAMES = {"train": ("train",), "validation": ("validation", "val")}
-_VIDEO_SUFFIXES = {".webm", ".mp4", ".mkv", ".avi", ".mov", ".m4v"}
+VIDEO_SUFFIXES = {".webm", ".mp4", ".mkv", ".avi", ".mov", ".m4v"}
 
 
 def find_list(root: Path, split: str) -> Path | None:
@@ -54,12 +54,12 @@ def load_classes(root: Path, split: Literal["train", "validation"], folder: Path
         Record(str(path.relative_to(folder)), path, label, name)
         for label, name in enumerate(classes)
         for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in _VIDEO_SUFFIXES
+        if path.suffix.lower() in VIDEO_SUFFIXES
     )
     if not records:
         raise InputError(
             f"{folder}: no videos in it; expected a folder per class with "
-            f"{', '.join(sorted(_VIDEO_SUFFIXES))} files"
+            f"{', '.join(sorted(VIDEO_SUFFIXES))} files"
         )
     return VideoSet("folders", split, root, records, classes, subset_labels(root, classes))
 

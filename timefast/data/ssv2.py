@@ -124,8 +124,10 @@ def _number(value: Any) -> int | None:
 
 
 def _kind(value: Any) -> str:
+    if value == {}:
+        return "an empty object"
     names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-    return ("an empty " if value == [] or value == {} else "") + names.get(type(value), "a number")
+    return names.get(type(value), "a number")
 
 
 def _short(value: Any) -> str:

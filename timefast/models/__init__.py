@@ -6,8 +6,9 @@ from typing import Any
 
 from timefast.models.heads import VideoTransformer
 from timefast.models.timesformer import TimeSformer
+from timefast.models.xvit import XViT
 
-BACKBONES: dict[str, type[VideoTransformer]] = {"timesformer": TimeSformer}
+BACKBONES: dict[str, type[VideoTransformer]] = {"timesformer": TimeSformer, "xvit": XViT}
 
 
 def keywords(backbone: str) -> dict[str, Any]:
@@ -45,8 +46,7 @@ def create_model(backbone: str, **config: Any) -> VideoTransformer:
                 f"(it takes {', '.join(known)})"
             )
     full = {**known, **config}
-    size = full["image_size"]
-    full["image_size"] = size if isinstance(size, int) else [int(s) for s in size]
+    full = {k: list(v) if isinstance(v, (tuple, range)) else v for k, v in full.items()}
     model = BACKBONES[backbone](**full)
     model.config = {"backbone": backbone, **full}
     return model

@@ -5,7 +5,7 @@ Letters: B clips, T frames, N patches per frame (row-major), H heads, D head wid
 K classes. Module names are those of the published checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,13 @@ def grid_of(image_size: int | Sequence[int], patch_size: int) -> tuple[int, int]
             f"got {height}x{width}"
         )
     return height // patch_size, width // patch_size
+
+
+def table_size_of(image_size: int | Sequence[int], patch_size: int) -> int | Sequence[int]:
+    """The image size that Motionformer and X-ViT make their position table for: 224 whatever the
+    crop, where that can be resized to the crop."""
+    square = isinstance(image_size, int) or image_size[0] == image_size[1]
+    return 224 if square and 224 % patch_size == 0 else image_size
 
 
 class PatchEmbed(nn.Module):
@@ -101,6 +108,29 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PreLogits(nn.Module):
+    """A linear layer of the model's width with an activation, between backbone and heads."""
+
+    def __init__(self, dim: int, activation: str):
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"pre_logits: expected one of {', '.join(_ACTIVATIONS)} or None, got {activation!r}"
+            )
+        self.activation = _ACTIVATIONS[activation]
+        self.fc = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.fc(x))
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 class Block(nn.Module):

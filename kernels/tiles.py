@@ -1,0 +1,57 @@
+"""Launch parameters of the attention kernels, looked up in tables: kernels/tuned/<name>.json.
+
+A table is a file per GPU model (`<name>` is torch.cuda.get_device_name in lower case with dashes,
+measured) or per architecture (`sm_80`, `sm_90`: defaults that hold where no measured file exists).
+Each kernel has a list of rows {"dtype", "width", "length", parameters...}; the first row that covers
+the inputs is taken. Nothing is measured or tuned during a run: ranks that tuned for themselves
+would differ in rounding and in when they reach the first collective.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLES = Path(__file__).with_name("tuned")
+
+
+def power_of_two(size: int, at_least: int = 1) -> int:
+    return max(at_least, 1 << (size - 1).bit_length())
+
+
+def launch_parameters(kernel: str, like: torch.Tensor, length: int) -> dict[str, Any]:
+    """Parameters for inputs like `like` (dtype, device, last dimension), sequences of `length`."""
+    return find(table_for(like.device), kernel, like.dtype, like.shape[-1], length)
+
+
+def find(
+    table: dict[str, Any], kernel: str, dtype: torch.dtype, width: int, length: int
+) -> dict[str, Any]:
+    half = "float" if dtype == torch.float32 else "half"
+    for row in table[kernel]:
+        if row["dtype"] == half and width <= row["width"] and length <= row["length"]:
+            return {k: v for k, v in row.items() if k not in ("dtype", "width", "length")}
+    raise ValueError(f"{kernel}: no launch parameters for {half}, width {width}, length {length}")
+
+
+def table_for(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return table("sm_80")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _table_of_gpu(index)
+
+
+@functools.cache
+def _table_of_gpu(index: int) -> dict[str, Any]:
+    model = torch.cuda.get_device_name(index).lower().replace(" ", "-")
+    if (TABLES / f"{model}.json").exists():
+        return table(model)
+    major, _ = torch.cuda.get_device_capability(index)
+    return table("sm_90" if major >= 9 else "sm_80")
+
+
+@functools.cache
+def table(name: str) -> dict[str, Any]:
+    return json.loads((TABLES / f"{name}.json").read_text(encoding="utf-8"))

@@ -1,0 +1,433 @@
+"""Trajectory attention: every patch looks into every frame, then along what it found there.
+
+    x[i, s] = sum_n softmax_n(scale * q[i] . k[s, n]) v[s, n]           per head, for every frame s
+    q2[i]   = w_q x[i, frame of i] + b_q       [k2 | v2][i, s] = w_kv x[i, s] + b_kv
+    out[i]  = sum_s softmax_s(scale * q2[i] . k2[i, s]) u[i, s]                            per head
+
+with u = x for values="trajectory", which is what the published Motionformer code does by default,
+and u = v2 for values="projected", which is what its paper writes (Patrick et al. 2021, equations 3
+to 6). The class token takes no part in this; it attends once over all tokens of the clip.
+
+Only the reference forms k2 and v2, T times as large as the tokens. Elsewhere the projections move to
+where there is one vector per patch: with w_k the rows of w_kv of one head,
+
+    q2 . k2[s] = (w_k^T q2) . x[s] + a constant over s, which the softmax drops
+    sum_s a[s] v2[s] = w_v (sum_s a[s] x[s]) + b_v
+
+Letters: B clips, T frames, N patches per frame, S = T * N, H heads, D head width, C = H * D. Inputs
+are any strided views, in particular slices of one fused qkv projection. The Triton kernels are in
+trajectory_attention_triton.py; docs/kernels/trajectory_attention.md has derivation and tiling.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from torch.autograd.function import once_differentiable
+
+from timefast.kernels.matmul_attention import columns, rows
+from timefast.kernels.op import (
+    Case,
+    Impl,
+    Op,
+    autocast,
+    check_like,
+    dispatch,
+    in_float32,
+    register,
+)
+
+# Bytes that the temporary tensors of the portable path may take at once, in the forward as in the
+# backward pass; it works through the queries in parts that keep to it. One frame of queries of one
+# clip is the smallest part.
+WORKSPACE = 1 << 27
+
+
+@in_float32
+def trajectory_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor,
+    cls_k: Tensor,
+    cls_v: Tensor,
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_kv: Tensor,
+    b_kv: Tensor | None,
+    *,
+    values: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    heads = q.shape[3:]
+    scores = scale * torch.einsum("btnhd,bsmhd->btnhsm", q, k)
+    x = torch.einsum("btnhsm,bsmhd->btnshd", scores.softmax(-1), v)  # [B, T, N, T, H, D]
+    own = x.diagonal(dim1=1, dim2=3).permute(0, 4, 1, 2, 3)  # [B, T, N, H, D]
+    q2 = F.linear(own.flatten(3), w_q, b_q).unflatten(-1, heads)
+    k2, v2 = F.linear(x.flatten(4), w_kv, b_kv).unflatten(-1, (2, *heads)).unbind(4)
+    along = (scale * torch.einsum("btnhd,btnshd->btnhs", q2, k2)).softmax(-1)
+    out = torch.einsum("btnhs,btnshd->btnhd", along, x if values == "trajectory" else v2)
+
+    keys = torch.cat([cls_k[:, None], k.flatten(1, 2)], 1)  # [B, 1 + S, H, D]
+    p = (scale * torch.einsum("bhd,bshd->bhs", cls_q, keys)).softmax(-1)
+    return out, torch.einsum("bhs,bshd->bhd", p, torch.cat([cls_v[:, None], v.flatten(1, 2)], 1))
+
+
+def trajectory_attention_cpu(*args: Any, values: str, scale: float) -> tuple[Tensor, Tensor]:
+    return _Absorbed.apply(*args, values == "projected", scale)
+
+
+class _Weights(NamedTuple):
+    """The two projections, the second one per head and in halves."""
+
+    q: Tensor  # [C, C]
+    q_bias: Tensor | None  # [C]
+    k: Tensor  # [H, D, C]
+    v: Tensor  # [H, D, C]
+    v_bias: Tensor | None  # [H, 1, D]
+
+
+class _Part(NamedTuple):
+    """What the queries of some frames found; Q queries of A clips, M = A * Q, all contiguous."""
+
+    p: Tensor  # [A*H*T, N, Q], probabilities over the patches of a frame, queries last
+    x: Tensor  # [A*H*T, Q, D]
+    x_rows: Tensor  # [M, T, C], the same in the order of the second step
+    own: Tensor  # [M, C]
+    q2: Tensor  # [H, M, D]
+    absorbed: Tensor  # [M, H, C], w_k^T q2
+    along: Tensor  # [M, H, T], probabilities over the frames
+    mixed: Tensor | None  # [M, H, C], sum over the frames of along * x, if values are projected
+    out: Tensor  # [M, H, D]
+
+
+class _Absorbed(torch.autograd.Function):
+    """Both steps for some queries at a time; the backward pass computes them again.
+
+    Scores are laid out with the keys before the queries: the frames are then consecutive blocks of
+    rows, and every product reads and writes whole matrices.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *cls, w_q, b_q, w_kv, b_kv, projected, scale = rest
+        ctx.save_for_backward(q, k, v, *cls, w_q, b_q, w_kv, b_kv)
+        ctx.projected, ctx.scale = projected, scale
+        out, cls_out = q.new_empty(q.shape), q.new_empty(cls[0].shape)
+        weights = _split(w_q, b_q, w_kv, b_kv, q.shape[3])
+        for clips in _clip_parts(q):
+            q_rows, k_rows, v_rows = (_rows(x[clips]) for x in (q, k, v))
+            cls_out[clips] = _class_attend(_of_class(cls, clips), k_rows, v_rows, scale)[0].view_as(
+                cls_out[clips]
+            )
+            for frames in _frame_parts(q):
+                part = _attend(q_rows, k_rows, v_rows, weights, q.shape, frames, projected, scale)
+                out[clips, frames] = part.out.view_as(out[clips, frames])
+        return out, cls_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_cls: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *cls, w_q, b_q, w_kv, b_kv = ctx.saved_tensors
+        projected, scale = ctx.projected, ctx.scale
+        weights = _split(w_q, b_q, w_kv, b_kv, q.shape[3])
+        grads = [q.new_empty(q.shape) for _ in range(3)]
+        cls_grads = [q.new_empty(cls[0].shape) for _ in range(3)]
+        totals = _Weights(*(None if w is None else torch.zeros_like(w) for w in weights))  # type: ignore[arg-type]
+        for clips in _clip_parts(q):
+            tokens = [_rows(x[clips]) for x in (q, k, v)]
+            class_rows = _of_class(cls, clips)
+            g_cls = _class_rows(grad_cls[clips])
+            *of_class, dk, dv = _class_attend_grad(g_cls, class_rows, *tokens[1:], scale)
+            dq = torch.empty_like(tokens[0])
+            for frames in _frame_parts(q):
+                part = _attend(*tokens, weights, q.shape, frames, projected, scale)
+                g = grad[clips, frames].to(dk.dtype).flatten(0, 2)  # [M, H, D]
+                _attend_grad(g, part, tokens, weights, q.shape, frames, scale, (dq, dk, dv), totals)
+            for grad_in, x in zip(grads, (dq, dk, dv), strict=True):
+                x = x.view(-1, q.shape[3], *q.shape[1:3], q.shape[4])  # [A, H, T, N, D]
+                grad_in[clips] = x.permute(0, 2, 3, 1, 4)
+            for grad_in, x in zip(cls_grads, of_class, strict=True):
+                grad_in[clips] = x.view_as(grad_in[clips])
+        return *grads, *cls_grads, *_join(totals, w_q, b_q, w_kv, b_kv), None, None
+
+
+def _split(w_q: Tensor, b_q: Any, w_kv: Tensor, b_kv: Any, heads: int) -> _Weights:
+    wide = torch.promote_types(w_q.dtype, torch.float32)
+    w_q, b_q, w_kv, b_kv = (None if w is None else w.to(wide) for w in (w_q, b_q, w_kv, b_kv))
+    w_k, w_v = w_kv.unflatten(0, (2, heads, -1)).unbind(0)
+    return _Weights(w_q, b_q, w_k, w_v, None if b_kv is None else b_kv.view(2, heads, 1, -1)[1])
+
+
+def _join(totals: _Weights, w_q: Tensor, b_q: Any, w_kv: Tensor, b_kv: Any) -> list[Tensor | None]:
+    """The gradients in the shapes of the parameters; zero where nothing depends on them."""
+    joined = [totals.q, totals.q_bias, torch.stack([totals.k, totals.v]).view(w_kv.shape)]
+    if totals.v_bias is None:
+        joined.append(None)
+    else:
+        of_k = torch.zeros_like(totals.v_bias)  # the softmax over the frames drops the key bias
+        joined.append(torch.stack([of_k, totals.v_bias]).view(b_kv.shape))
+    return [None if x is None else x.to(w_q.dtype) for x in joined]
+
+
+def _clip_parts(q: Tensor) -> Iterator[slice]:
+    size = max(1, WORKSPACE // (_workspace_per_frame(q) * q.shape[1]))
+    return (slice(i, i + size) for i in range(0, q.shape[0], size))
+
+
+def _frame_parts(q: Tensor) -> Iterator[slice]:
+    frames = q.shape[1]
+    size = min(frames, max(1, WORKSPACE // _workspace_per_frame(q)))
+    return (slice(i, min(i + size, frames)) for i in range(0, frames, size))
+
+
+def _workspace_per_frame(q: Tensor) -> int:
+    """Bytes for the queries of one frame of one clip: two score matrices, four of x's size, four
+    of the absorbed queries' size."""
+    _, frames, patches, heads, width = q.shape
+    per_query = 2 * frames * patches + 4 * frames * width + 4 * heads * width
+    return 4 * heads * patches * per_query
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[A, T, N, H, D] -> contiguous [A*H, S, D], half precision widened."""
+    return rows(x.permute(0, 3, 1, 2, 4).flatten(2, 3))
+
+
+def _class_rows(x: Tensor) -> Tensor:
+    """[A, H, D] -> [A*H, 1, D]"""
+    return rows(x[:, :, None])
+
+
+def _of_class(cls: list[Tensor], clips: slice) -> list[Tensor]:
+    return [_class_rows(x[clips]) for x in cls]
+
+
+def _attend(
+    q_rows: Tensor,
+    k_rows: Tensor,
+    v_rows: Tensor,
+    weights: _Weights,
+    shape: tuple[int, ...],
+    frames: slice,
+    projected: bool,
+    scale: float,
+) -> _Part:
+    """Both steps for the queries of `frames`; the rows are those of A whole clips."""
+    _, T, N, H, D = shape
+    q_part = columns(q_rows[:, frames.start * N : frames.stop * N]).mul_(scale)  # [A*H, D, Q]
+    Q = q_part.shape[2]
+    p = torch.bmm(k_rows, q_part).view(-1, N, Q).softmax(1)  # [A*H*T, N, Q]
+    x = torch.bmm(p.transpose(1, 2), v_rows.view(-1, N, D))  # [A*H*T, Q, D]
+    x_rows = x.view(-1, H, T, Q, D).permute(0, 3, 2, 1, 4).reshape(-1, T, H * D)  # [M, T, C]
+
+    by_frame = x_rows.view(-1, Q // N, N, T, H * D)
+    own = by_frame.diagonal(frames.start, 1, 3).permute(0, 3, 1, 2).reshape(-1, H * D)
+    q2 = F.linear(own, weights.q, weights.q_bias).view(-1, H, D).transpose(0, 1)  # [H, M, D]
+    absorbed = torch.bmm(q2, weights.k).transpose(0, 1)  # [M, H, C]
+    along = torch.bmm(absorbed, x_rows.transpose(1, 2)).mul_(scale).softmax(-1)  # [M, H, T]
+    if projected:
+        mixed = torch.bmm(along, x_rows)  # [M, H, C]
+        out = torch.bmm(mixed.transpose(0, 1), weights.v.transpose(1, 2))  # [H, M, D]
+        out = (out if weights.v_bias is None else out + weights.v_bias).transpose(0, 1)
+    else:
+        mixed, out = None, x_rows.new_zeros(len(x_rows), H, D)
+        for s in range(T):
+            out.addcmul_(along[:, :, s, None], x_rows[:, s].view(-1, H, D))
+    return _Part(p, x, x_rows, own, q2, absorbed, along, mixed, out)
+
+
+def _attend_grad(
+    g: Tensor,
+    part: _Part,
+    tokens: list[Tensor],
+    weights: _Weights,
+    shape: tuple[int, ...],
+    frames: slice,
+    scale: float,
+    grads: tuple[Tensor, Tensor, Tensor],
+    totals: _Weights,
+) -> None:
+    """From g = d out [M, H, D]: write this part of dq; add to dk, dv and the weights' gradients."""
+    _, T, N, H, D = shape
+    q_rows, k_rows, v_rows = tokens
+    dq, dk, dv = grads
+    x_rows = part.x_rows
+    if part.mixed is not None:
+        g_heads = g.transpose(0, 1)  # [H, M, D]
+        totals.v.baddbmm_(g_heads.transpose(1, 2), part.mixed.transpose(0, 1))
+        if totals.v_bias is not None:
+            totals.v_bias.add_(g_heads.sum(1, keepdim=True))
+        d_mixed = torch.bmm(g_heads, weights.v).transpose(0, 1)  # [M, H, C]
+        d_along = torch.bmm(d_mixed, x_rows.transpose(1, 2))  # [M, H, T]
+        dx_rows = torch.bmm(part.along.transpose(1, 2), d_mixed)  # [M, T, C]
+    else:
+        x_heads = x_rows.view(-1, T, H, D)
+        d_along = torch.stack([(g * x_heads[:, s]).sum(-1) for s in range(T)], -1)  # [M, H, T]
+        dx_rows = (part.along.transpose(1, 2)[..., None] * g[:, None]).flatten(2)  # [M, T, C]
+    d_scores = part.along * (d_along - (part.along * d_along).sum(-1, keepdim=True)) * scale
+
+    dx_rows.baddbmm_(d_scores.transpose(1, 2), part.absorbed)
+    d_absorbed = torch.bmm(d_scores, x_rows).transpose(0, 1)  # [H, M, C]
+    totals.k.baddbmm_(part.q2.transpose(1, 2), d_absorbed)
+    dq2 = torch.bmm(d_absorbed, weights.k.transpose(1, 2))  # [H, M, D]
+    dq2 = dq2.transpose(0, 1).reshape(-1, H * D)  # [M, C]
+    totals.q.addmm_(dq2.t(), part.own)
+    if totals.q_bias is not None:
+        totals.q_bias.add_(dq2.sum(0))
+    by_frame = dx_rows.view(-1, frames.stop - frames.start, N, T, H * D)
+    d_own = (dq2 @ weights.q).view(-1, frames.stop - frames.start, N, H * D)
+    by_frame.diagonal(frames.start, 1, 3).add_(d_own.permute(0, 2, 3, 1))
+
+    Q = part.x.shape[1]
+    dx = dx_rows.view(-1, Q, T, H, D).permute(0, 3, 2, 1, 4).reshape(part.x.shape)  # [A*H*T, Q, D]
+    dv.view(-1, N, D).baddbmm_(part.p, dx)
+    ds = torch.bmm(v_rows.view(-1, N, D), columns(dx))  # [A*H*T, N, Q]
+    ds = ds.sub_((dx * part.x).sum(-1)[:, None]).mul_(part.p).view(len(dk), T * N, Q)
+    mine = slice(frames.start * N, frames.stop * N)
+    dk.baddbmm_(ds, q_rows[:, mine], alpha=scale)
+    dq[:, mine] = torch.bmm(ds.transpose(1, 2), k_rows).mul_(scale)
+
+
+def _class_attend(
+    cls: list[Tensor], k_rows: Tensor, v_rows: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The class token over itself and all patches: output [A*H, 1, D], and its probabilities."""
+    cls_q, cls_k, cls_v = cls  # [A*H, 1, D]
+    own = (cls_q * cls_k).sum(-1, keepdim=True)  # [A*H, 1, 1]
+    scores = torch.bmm(k_rows, cls_q.transpose(1, 2)).transpose(1, 2)  # [A*H, 1, S]
+    p = torch.cat([own, scores], 2).mul_(scale).softmax(-1)
+    own, p = p[:, :, :1], p[:, :, 1:]
+    return own * cls_v + torch.bmm(p, v_rows), own, p
+
+
+def _class_attend_grad(
+    g: Tensor, cls: list[Tensor], k_rows: Tensor, v_rows: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of cls_q, cls_k, cls_v, and what k_rows and v_rows get from the class token."""
+    cls_q, cls_k, cls_v = cls
+    out, own, p = _class_attend(cls, k_rows, v_rows, scale)
+    delta = (g * out).sum(-1, keepdim=True)  # [A*H, 1, 1]
+    d_own = own * ((g * cls_v).sum(-1, keepdim=True) - delta) * scale
+    d_scores = p * (torch.bmm(g, v_rows.transpose(1, 2)) - delta) * scale  # [A*H, 1, S]
+    dq = d_own * cls_k + torch.bmm(d_scores, k_rows)
+    dk, dv = torch.bmm(d_scores.transpose(1, 2), cls_q), torch.bmm(p.transpose(1, 2), g)
+    return dq, d_own * cls_q, own * g, dk, dv
+
+
+def _case(
+    name: str, *shape: int, values: str = "trajectory", size: str = "tiny"
+) -> Case:
+    def build(dtype: torch.dtype, device: str, generator: Generator) -> Any:
+        clips, frames, patches, heads, width = shape
+        dim = heads * width
+
+        def normal(*size: int, std: float = 1.0) -> Tensor:
+            return (std * torch.randn(*size, generator=generator)).to(device, dtype)
+
+        tokens = normal(clips, 1 + frames * patches, 3, heads, width)
+        qkv = tokens[:, 1:].unflatten(1, (frames, patches)).unbind(3)
+        # wide enough that the second attention is far from uniform
+        w_q, w_kv = normal(dim, dim, std=3 * dim**-0.5), normal(2 * dim, dim, std=3 * dim**-0.5)
+        args = (*qkv, *tokens[:, 0].unbind(1), w_q, normal(dim), w_kv, normal(2 * dim))
+        return args, {"values": values}
+
+    return Case(name, build, size)
+
+
+TRAJECTORY_ATTENTION = register(
+    Op(
+        "trajectory_attention",
+        reference=trajectory_attention_reference,
+        impls={"cpu": Impl(trajectory_attention_cpu)},
+        cases=(
+            _case("tiny-odd", 2, 3, 5, 2, 16),
+            _case("projected", 2, 3, 4, 3, 16, values="projected"),
+            _case("one-frame", 1, 1, 4, 1, 32),
+            _case("two-tiles-width-48", 1, 2, 37, 2, 48, values="projected"),
+            _case("empty-batch", 0, 4, 6, 2, 32),
+            _case("mid", 2, 8, 49, 3, 64, size="mid"),
+            _case("mid-projected", 2, 8, 49, 3, 64, values="projected", size="mid"),
+            _case("paper-ssv2", 8, 8, 196, 12, 64, size="paper"),
+            _case("paper-ssv2-b64", 64, 8, 196, 12, 64, size="paper"),
+            _case("paper-projected", 8, 8, 196, 12, 64, values="projected", size="paper"),
+            _case("paper-16-frames", 8, 16, 196, 12, 64, size="paper"),
+        ),
+    )
+)
+
+
+def trajectory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor,
+    cls_k: Tensor,
+    cls_v: Tensor,
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_kv: Tensor,
+    b_kv: Tensor | None,
+    *,
+    values: str = "trajectory",
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Each patch attends within every frame, then over the T answers; the class token over all.
+
+    With T = 3 and N = 2, the patch (1, 0) takes three separate averages of the tokens marked 0, 1
+    and 2, and then one over these three; the class token c takes one average of the marked x:
+
+                  c   (0,0) (0,1) (1,0) (1,1) (2,0) (2,1)
+           (1,0)  .     0     0     1     1     2     2
+             c    x     x     x     x     x     x     x
+
+    Args:
+        q, k, v: [B, T, N, H, D] (clips, frames, patches per frame, heads, head width), any strided
+            views of one dtype (float32, float16, bfloat16, float64) on one device. B may be 0.
+        cls_q, cls_k, cls_v: [B, H, D], the class token.
+        w_q, b_q: [H*D, H*D] and [H*D] or None, as in torch's Linear: the query of the second
+            attention from the patch's answer in its own frame.
+        w_kv, b_kv: [2*H*D, H*D] and [2*H*D] or None: keys and values of the second attention.
+        values: "trajectory": the second attention averages the answers themselves (the published
+            default; the value half of w_kv and b_kv then gets zero gradients); "projected": it
+            averages their projection.
+        scale: factor on both q . k before the softmax; D ** -0.5 by default.
+        impl: "auto", "reference", "cpu", "triton"; `timefast.ops.implementations` lists them.
+
+    Returns:
+        out [B, T, N, H, D] and cls_out [B, H, D] in the dtype of q (under autocast: of autocast),
+        before the output projection.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or `impl` or `values` is unknown.
+        NotImplementedError: the `impl` named cannot run on these inputs; all reasons are given.
+    """
+    if q.dim() != 5 or 0 in q.shape[1:] or not q.is_floating_point():
+        raise ValueError(
+            f"q: expected a floating [B, T, N, H, D], only B may be 0; "
+            f"got {q.dtype} {list(q.shape)}"
+        )
+    if values not in ("trajectory", "projected"):
+        raise ValueError(f"values: expected trajectory or projected, got {values!r}")
+    clips, _, _, heads, width = q.shape
+    dim = heads * width
+    if scale is None:
+        scale = width**-0.5
+    tensors = {
+        "q": q, "k": k, "v": v, "cls_q": cls_q, "cls_k": cls_k, "cls_v": cls_v,
+        "w_q": w_q, "b_q": b_q, "w_kv": w_kv, "b_kv": b_kv,
+    }  # fmt: skip
+    given = {name: x for name, x in tensors.items() if x is not None}
+    tensors.update(zip(given, autocast(*given.values()), strict=True))
+    shapes = {
+        "q": q.shape, "k": q.shape, "v": q.shape, "w_q": (dim, dim), "b_q": (dim,),
+        "w_kv": (2 * dim, dim), "b_kv": (2 * dim,),
+    }  # fmt: skip
+    for name in given:
+        x, model = tensors[name], tensors["q"]
+        assert x is not None and model is not None
+        check_like("q", model, name, x, shapes.get(name, (clips, heads, width)))
+    return dispatch(TRAJECTORY_ATTENTION, impl, *tensors.values(), values=values, scale=scale)

@@ -1,0 +1,248 @@
+"""X-ViT: a frame-wise ViT whose attention mixes in channels of the neighbouring frames, and a small
+temporal head that reads one class token per frame.
+
+Letters: B clips, T frames, N patches per frame, S = 1 + N tokens of a frame, C model width.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from timefast import ops
+from timefast.models.heads import VideoTransformer
+from timefast.models.vit import (
+    NORM_EPS,
+    Attention,
+    Block,
+    Features,
+    Mlp,
+    PatchEmbed,
+    PreLogits,
+    drop_path_rates,
+    grid_of,
+    init_published,
+    init_scratch,
+    keep_scale,
+    resize_grid,
+    table_size_of,
+)
+
+EMBED_FRAMES = 8  # rows of the published time embedding, whatever the number of frames
+HEAD_EPS = 1e-5  # LayerNorm of the temporal head
+
+
+class ShiftBlock(nn.Module):
+    """A pre-norm block on each frame's tokens; keys and values are shifted within runs of
+    `segments` frames. With shift_div None nothing is shifted."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        drop_path: float,
+        shift_div: int | None,
+        segments: int,
+        impl: str,
+    ):
+        super().__init__()
+        self.drop_path, self.shift_div, self.segments, self.impl = (
+            drop_path, shift_div, segments, impl,
+        )  # fmt: skip
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, mlp_ratio)
+
+    def forward(self, z: Tensor, *, cls_only: bool = False) -> Tensor:
+        """z [B, T, S, C] -> the same shape, or with `cls_only` its class tokens [B, T, 1, C]."""
+        out = self.attend(self.norm1(z))
+        if cls_only:
+            z, out = z[:, :, :1], out[:, :, :1]
+        z = z + self.drop(self.attn.merge(out))
+        return z + self.drop(self.mlp(self.norm2(z)))
+
+    def attend(self, z: Tensor) -> Tensor:
+        """-> [B, T, S, H, D] before the output projection."""
+        B, T = z.shape[:2]
+        run = min(T, self.segments)
+        q, k, v = (x.reshape(-1, run, *x.shape[2:]) for x in self.attn.split(z))
+        div = self.shift_div or z.shape[-1] + 1  # more than there are channels: none is shifted
+        out = ops.shift_attention(q, k, v, shift_div=div, impl=self.impl)
+        return out.reshape(B, T, *out.shape[2:])
+
+    def drop(self, residual: Tensor) -> Tensor:
+        scale = keep_scale(self, (*residual.shape[:2], 1, 1), residual)  # one draw per frame
+        return residual if scale is None else residual * scale
+
+
+class FrameEncoder(nn.Module):
+    """The backbone without its temporal head."""
+
+    def __init__(
+        self,
+        blocks: Sequence[ShiftBlock],
+        dim: int,
+        patch_size: int,
+        grid: tuple[int, int],
+        embed_frames: int,
+        pre_logits: str | None,
+        time_embed_every_block: bool,
+    ):
+        super().__init__()
+        self.grid, self.time_embed_every_block = grid, time_embed_every_block
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
+        self.temp_embed = nn.Parameter(torch.zeros(1, embed_frames, 1, dim))
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.pre_logits = None if pre_logits is None else PreLogits(dim, pre_logits)
+
+    def forward(self, video: Tensor, *, cls_only: bool = False) -> tuple[Tensor, Tensor]:
+        """-> class features [B, T, C], patches [B, T, N, C] (none of them with `cls_only`)."""
+        x = self.patch_embed(video)  # [B, T, gh, gw, C]
+        B, T, gh, gw, _ = x.shape
+        pos = resize_grid(self.pos_embed[0, 1:], self.grid, (gh, gw), "bicubic")
+        cls = (self.cls_token[0, 0] + self.pos_embed[0, 0]).expand(B, T, 1, -1)
+        z = torch.cat([cls, x.flatten(2, 3) + pos], 2)  # [B, T, S, C]
+        rows = torch.arange(T, device=z.device) % self.temp_embed.shape[1]
+        time = self.temp_embed[0, rows]  # [T, 1, C], for the class token too
+        z = z + time
+        for i, block in enumerate(self.blocks):
+            if self.time_embed_every_block and i > 0:
+                z = z + time
+            z = block(z, cls_only=cls_only and i == len(self.blocks) - 1)
+        z = self.norm(z)
+        cls = z[:, :, 0]
+        return cls if self.pre_logits is None else self.pre_logits(cls), z[:, :, 1:]
+
+
+class TemporalHead(nn.Module):
+    """Class token and one feature per frame through plain blocks, then an MLP on the class row."""
+
+    def __init__(
+        self, dim: int, num_classes: int, heads: int, layers: int, width: int, dropout: float
+    ):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.temporal_encoder = nn.ModuleList(
+            Block(dim, heads, 4.0, qkv_bias=False, norm_eps=HEAD_EPS) for _ in range(layers)
+        )
+        self.mlp_head = nn.Sequential(
+            nn.LayerNorm(dim, eps=HEAD_EPS), nn.Linear(dim, width), nn.GELU(), nn.Dropout(dropout)
+        )
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        """cls [B, T, C] -> logits [B, K]."""
+        z = torch.cat([self.cls_token.expand(len(cls), -1, -1), cls], 1)  # [B, 1+T, C]
+        for block in self.temporal_encoder:
+            z = block(z)
+        return self.head(self.mlp_head(z[:, 0]))
+
+
+class XViT(VideoTransformer):
+    """Keywords as in `create_model`; alone here: `shift_div`, `shift_segments` (frames of a run
+    within which channels are exchanged, default all), `shift_blocks` (numbers of the blocks that
+    shift, default all), `head_heads`, `head_layers`, `head_width`, `head_dropout` of the temporal
+    head, `pre_logits` (an extra layer on the class features, with this activation), `table_size`
+    (image size the position table is made for, published: 224) and `embed_frames` (rows of the
+    time embedding, published: 8).
+
+    Other image sizes are met by bicubic resizing of the position table; frame t takes row
+    t mod `embed_frames` of the time embedding. The number of frames must be below
+    `shift_segments` or a multiple of it.
+    """
+
+    backbone = "xvit"
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 174,
+        frames: int = 8,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        shift_div: int = 4,
+        shift_segments: int | None = None,
+        shift_blocks: Sequence[int] | None = None,
+        head_heads: int | None = None,
+        head_layers: int = 1,
+        head_width: int | None = None,
+        head_dropout: float = 0.5,
+        pre_logits: Literal["tanh", "gelu", "relu"] | None = None,
+        table_size: int | Sequence[int] | None = None,
+        embed_frames: int | None = None,
+        time_embed_every_block: bool = False,
+        time_heads: bool = True,
+        init: Literal["published", "scratch"] = "published",
+        impl: str = "auto",
+    ):
+        super().__init__(num_classes, frames, impl)
+        self.segments = shift_segments or frames
+        shifted = range(depth) if shift_blocks is None else shift_blocks
+        rates = drop_path_rates(drop_path, depth)
+        divs = [shift_div if i in shifted else None for i in range(depth)]
+        self.base_model = FrameEncoder(
+            [
+                ShiftBlock(dim, heads, mlp_ratio, rate, div, self.segments, impl)
+                for rate, div in zip(rates, divs, strict=True)
+            ],
+            dim,
+            patch_size,
+            grid_of(table_size or table_size_of(image_size, patch_size), patch_size),
+            embed_frames or min(frames, EMBED_FRAMES),
+            pre_logits,
+            time_embed_every_block,
+        )
+        self.consensus = TemporalHead(
+            dim, num_classes, head_heads or heads, head_layers, head_width or dim, head_dropout
+        )
+        if time_heads:
+            self.add_time_heads(dim, frames)
+        self.reset_parameters(init)
+
+    @torch.no_grad()
+    def reset_parameters(self, init: str) -> None:
+        base = self.base_model
+        nn.init.trunc_normal_(base.cls_token, std=0.02)
+        if init == "scratch":
+            init_scratch(self)
+            nn.init.normal_(base.pos_embed, std=0.3)
+            nn.init.normal_(base.temp_embed, std=0.3)
+        elif init == "published":
+            init_published(base)  # all outside of it keeps PyTorch's default
+            nn.init.trunc_normal_(base.pos_embed, std=0.02)
+        else:
+            raise ValueError(f"init: expected published or scratch, got {init!r}")
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.base_model.blocks
+
+    def features(self, video: Tensor) -> Features:
+        return Features(*self._run(video, cls_only=False))
+
+    def forward(self, video: Tensor) -> Tensor:
+        cls, _ = self._run(video, cls_only=True)
+        return self.classify(cls)
+
+    def classify(self, cls: Tensor) -> Tensor:
+        return self.consensus(cls)
+
+    def _run(self, video: Tensor, cls_only: bool) -> tuple[Tensor, Tensor]:
+        frames = video.shape[2] if video.ndim == 5 else 0
+        if frames > self.segments and frames % self.segments:
+            raise ValueError(
+                f"video: expected at most {self.segments} frames (shift_segments) or a multiple of "
+                f"it, got {frames}"
+            )
+        return self.base_model(video, cls_only=cls_only)
