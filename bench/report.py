@@ -10,7 +10,8 @@ operations and medians that the files hold.
 
 Most files are lists of records, one per measurement: op, impl, case, shapes, dtype, direction,
 median, p20, p80 (seconds), peak_memory (bytes or null), bytes, flops, error, device, driver,
-versions, commit, dirty. `demo-losses` files hold one object with `protocol` and `rows`, one row
+versions, commit, dirty; those of pipelines have `clips`, the number done in one call, instead of
+bytes and flops. `demo-losses` files hold one object with `protocol` and `rows`, one row
 per set of losses and seed.
 """
 
@@ -94,24 +95,26 @@ def demo_losses(root: Path, link: str) -> str:
 
 
 def records(root: Path, link: str, what: str) -> str:
-    """Every measurement of the newest files: one table per device."""
+    """Every measurement of the newest files: one table per device, without empty columns."""
     text = []
     for result in newest(root, what):
+        head = (
+            "Op", "Case", "dtype", "Direction", "Implementation", "Median (p20 to p80)",
+            "Peak memory", "GB/s", "TFLOP/s", "Clips/s", "Error",
+        )  # fmt: skip
         rows = [
             (
-                f"`{r['op']}`", _case(r), r["dtype"], r["direction"], r["impl"],
+                f"`{r['op']}`", _case(r), r.get("dtype") or "", r.get("direction") or "", r["impl"],
                 f"{_time(r['median'])} ({_time(r['p20'])} to {_time(r['p80'])})",
                 _bytes(r.get("peak_memory")), _rate(r, "bytes", 1e9), _rate(r, "flops", 1e12),
-                "" if r.get("error") is None else f"{r['error']:.1e}",
+                _rate(r, "clips", 1.0), "" if r.get("error") is None else f"{r['error']:.1e}",
             )
             for group in _groups(result.content)
             for r in group
         ]  # fmt: skip
-        head = (
-            "Op", "Case", "dtype", "Direction", "Implementation", "Median (p20 to p80)",
-            "Peak memory", "GB/s", "TFLOP/s", "Error",
-        )  # fmt: skip
-        text.append(f"{_markdown(head, rows)}\n{_source(result, link)}\n")
+        filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
+        table = _markdown([head[i] for i in filled], [[row[i] for i in filled] for row in rows])
+        text.append(f"{table}\n{_source(result, link)}\n")
     return "\n".join(text) or EMPTY
 
 
@@ -144,7 +147,7 @@ def _groups(measured: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Measurements of the same thing together, fastest implementation first."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for r in measured:
-        key = r["op"], _case(r), r["dtype"], r["direction"]
+        key = r["op"], _case(r), str(r.get("dtype")), str(r.get("direction"))
         groups.setdefault(key, []).append(r)
     return [sorted(group, key=lambda r: r["median"]) for group in groups.values()]
 
@@ -184,7 +187,7 @@ def _spread(runs: Sequence[dict[str, Any]], key: str, digits: int = 1) -> str:
 
 
 def _case(record: dict[str, Any]) -> str:
-    return str(record.get("case") or record["shapes"])
+    return str(record.get("case") or record.get("size") or record["shapes"])
 
 
 def _time(seconds: float) -> str:

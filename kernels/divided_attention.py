@@ -37,6 +37,8 @@ from timefast.kernels.op import (
     dispatch,
     in_float32,
     register,
+    triton_unavailable,
+    why_not_triton,
 )
 
 
@@ -161,6 +163,40 @@ def _patches(frames: Tensor, dtype: torch.dtype) -> Tensor:
     return frames[:, :, :, 1:].transpose(2, 3).to(dtype)  # [B, T, N, H, D]
 
 
+def _time_triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    from timefast.kernels.divided_attention_triton import time_attention_op
+
+    return time_attention_op(q, k, v, scale)
+
+
+def _space_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor,
+    cls_k: Tensor,
+    cls_v: Tensor,
+    *,
+    frame_weight: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from timefast.kernels.divided_attention_triton import space_attention_op
+
+    out, cls_frames, _ = space_attention_op(q, k, v, cls_q, cls_k, cls_v, scale)
+    return out, _over_frames(cls_frames, frame_weight).to(q.dtype)
+
+
+def _why_not_time_triton(q: Tensor, *others: Tensor, **kwargs: Any) -> list[str]:
+    reasons = why_not_triton(q, max_width=128)
+    if q.shape[1] > 128:
+        reasons.append(f"q has {q.shape[1]} frames; triton takes 1 to 128")
+    return reasons
+
+
+def _why_not_space_triton(q: Tensor, *others: Tensor, **kwargs: Any) -> list[str]:
+    return why_not_triton(q, max_width=128)
+
+
 def _qkv(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: Generator) -> Any:
     """q, k, v and the class token's, as slices of one fused projection [B, 1 + T*N, 3, H, D]."""
     clips, frames, patches, heads, width = shape
@@ -190,7 +226,10 @@ TIME_ATTENTION = register(
     Op(
         "time_attention",
         reference=time_attention_reference,
-        impls={"cpu": Impl(time_attention_cpu)},
+        impls={
+            "triton": Impl(_time_triton, _why_not_time_triton, triton_unavailable, auto=("cuda",)),
+            "cpu": Impl(time_attention_cpu),
+        },
         cases=(
             _time_case("tiny-odd", 2, 3, 5, 2, 16),
             _time_case("one-frame", 1, 1, 4, 1, 32),
@@ -208,7 +247,12 @@ SPACE_ATTENTION = register(
     Op(
         "space_attention",
         reference=space_attention_reference,
-        impls={"cpu": Impl(space_attention_cpu)},
+        impls={
+            "triton": Impl(
+                _space_triton, _why_not_space_triton, triton_unavailable, auto=("cuda",)
+            ),
+            "cpu": Impl(space_attention_cpu),
+        },
         cases=(
             _space_case("tiny-odd", 2, 3, 5, 2, 16),
             _space_case("weighted", 2, 4, 9, 2, 32, weighted=True),

@@ -285,16 +285,18 @@ def _normal_equations(before: Tensor, after: Tensor, flow: Tensor) -> Tensor:
     left, top = x.floor(), y.floor()
     # The last row and column count as outside even where the flow is zero.
     inside = (left >= 0) & (left < width - 1) & (top >= 0) & (top < height - 1)
-    corner = torch.where(inside, top * width + left, 0).long()
-    fx, fy = (x - left).unsqueeze(-3), (y - top).unsqueeze(-3)
-
-    def sample(down: int, right: int) -> Tensor:
+    corner = torch.where(inside, top, 0).long() * width + torch.where(inside, left, 0).long()
+    fx, fy = x - left, y - top
+    moved = torch.zeros_like(after)
+    for down, right, share in (
+        (0, 0, (1 - fx) * (1 - fy)),
+        (0, 1, fx * (1 - fy)),
+        (1, 0, (1 - fx) * fy),
+        (1, 1, fx * fy),
+    ):
         index = (corner + inside * (down * width + right)).flatten(-2).unsqueeze(-2)
-        return after.flatten(-2).gather(-1, index.expand(-1, 5, -1)).view_as(after)
-
-    upper = (1 - fx) * sample(0, 0) + fx * sample(0, 1)
-    lower = (1 - fx) * sample(1, 0) + fx * sample(1, 1)
-    moved = (1 - fy) * upper + fy * lower
+        sample = after.flatten(-2).gather(-1, index.expand(-1, 5, -1)).view_as(after)
+        moved = moved + share.unsqueeze(-3) * sample
     inside = inside.unsqueeze(-3)
     slope = (before - torch.where(inside, moved, 0))[:, :2] / 2
     curve = torch.where(inside, (before + moved) / 2, before)[:, 2:]
@@ -389,6 +391,16 @@ def triton_unavailable() -> list[str]:
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return ["torch sees no CUDA device (TRITON_INTERPRET=1 runs kernels on the CPU, for tests)"]
     return []
+
+
+def opencv_without_threads() -> None:
+    """For a forked process: OpenCV on the calling thread alone.
+
+    The number is 0, not 1: to shrink its pool to 1 OpenCV waits for the parent's threads, for ever.
+    """
+    import cv2
+
+    cv2.setNumThreads(0)
 
 
 def opencv_missing() -> list[str]:

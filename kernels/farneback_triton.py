@@ -216,14 +216,22 @@ def _edge_weight(i, size):
 
 
 @triton.jit
-def _sample(ptr, corner, width, fx, fy, mask):
-    """Bilinear sample of a plane; 0 where masked out."""
-    a = tl.load(ptr + corner, mask=mask, other=0.0)
-    b = tl.load(ptr + corner + 1, mask=mask, other=0.0)
-    upper = (1 - fx) * a + fx * b
-    a = tl.load(ptr + corner + width, mask=mask, other=0.0)
-    b = tl.load(ptr + corner + width + 1, mask=mask, other=0.0)
-    return (1 - fy) * upper + fy * ((1 - fx) * a + fx * b)
+def _sample(ptr, a, b, c, d, weight_a, weight_b, weight_c, weight_d, mask):
+    """Weighted sum of the four corners a, b, c, d of a plane; 0 where masked out."""
+    value = weight_a * tl.load(ptr + a, mask=mask, other=0.0)
+    value += weight_b * tl.load(ptr + b, mask=mask, other=0.0)
+    value += weight_c * tl.load(ptr + c, mask=mask, other=0.0)
+    return value + weight_d * tl.load(ptr + d, mask=mask, other=0.0)
+
+
+@triton.jit
+def _resized(ptr, left, right, down, fx, fy, mask):
+    """Bilinear sample of the row at `ptr` and the one `down` elements further."""
+    a = tl.load(ptr + left, mask=mask, other=0.0)
+    a += fy * (tl.load(ptr + left + down, mask=mask, other=0.0) - a)
+    b = tl.load(ptr + right, mask=mask, other=0.0)
+    b += fy * (tl.load(ptr + right + down, mask=mask, other=0.0) - b)
+    return a + fx * (b - a)
 
 
 @triton.jit
@@ -271,17 +279,8 @@ def _match_kernel(
             right = tl.minimum(left + 1, coarse_width - 1)
             down = (tl.minimum(top + 1, coarse_height - 1) - top) * coarse_width
             ptr = flow_ptr + pair * 2 * coarse_plane + top * coarse_width
-            a = tl.load(ptr + left, mask=in_row, other=0.0)
-            a += fy * (tl.load(ptr + left + down, mask=in_row, other=0.0) - a)
-            b = tl.load(ptr + right, mask=in_row, other=0.0)
-            b += fy * (tl.load(ptr + right + down, mask=in_row, other=0.0) - b)
-            dx = (a + fx * (b - a)) * magnify
-            ptr += coarse_plane
-            a = tl.load(ptr + left, mask=in_row, other=0.0)
-            a += fy * (tl.load(ptr + left + down, mask=in_row, other=0.0) - a)
-            b = tl.load(ptr + right, mask=in_row, other=0.0)
-            b += fy * (tl.load(ptr + right + down, mask=in_row, other=0.0) - b)
-            dy = (a + fx * (b - a)) * magnify
+            dx = _resized(ptr, left, right, down, fx, fy, in_row) * magnify
+            dy = _resized(ptr + coarse_plane, left, right, down, fx, fy, in_row) * magnify
         else:
             ptr = flow_ptr + pair * 2 * plane + y * width + x
             dx = tl.load(ptr, mask=in_row, other=0.0)
@@ -293,10 +292,17 @@ def _match_kernel(
         top_y = tl.floor(at_y)
         inside = (left_x >= 0) & (left_x < width - 1) & (top_y >= 0) & (top_y < height - 1)
         inside &= in_row
-        corner = tl.where(inside, top_y, 0.0).to(tl.int32) * width
-        corner += tl.where(inside, left_x, 0.0).to(tl.int32)
+        a = tl.where(inside, top_y, 0.0).to(tl.int32) * width
+        a += tl.where(inside, left_x, 0.0).to(tl.int32)
+        b = a + 1
+        c = a + width
+        d = c + 1
         fx = at_x - left_x
         fy = at_y - top_y
+        wa = (1 - fx) * (1 - fy)
+        wb = fx * (1 - fy)
+        wc = (1 - fx) * fy
+        wd = fx * fy
 
         ptr = before_ptr + y * width + x
         by = tl.load(ptr, mask=in_row, other=0.0)
@@ -304,12 +310,12 @@ def _match_kernel(
         yy = tl.load(ptr + 2 * plane, mask=in_row, other=0.0)
         xx = tl.load(ptr + 3 * plane, mask=in_row, other=0.0)
         xy = tl.load(ptr + 4 * plane, mask=in_row, other=0.0)
-        by = (by - _sample(after_ptr, corner, width, fx, fy, inside)) * 0.5
-        bx = (bx - _sample(after_ptr + plane, corner, width, fx, fy, inside)) * 0.5
+        by = (by - _sample(after_ptr, a, b, c, d, wa, wb, wc, wd, inside)) * 0.5
+        bx = (bx - _sample(after_ptr + plane, a, b, c, d, wa, wb, wc, wd, inside)) * 0.5
         halve = tl.where(inside, 0.5, 1.0)
-        yy = (yy + _sample(after_ptr + 2 * plane, corner, width, fx, fy, inside)) * halve
-        xx = (xx + _sample(after_ptr + 3 * plane, corner, width, fx, fy, inside)) * halve
-        xy = (xy + _sample(after_ptr + 4 * plane, corner, width, fx, fy, inside)) * halve * 0.5
+        yy = (yy + _sample(after_ptr + 2 * plane, a, b, c, d, wa, wb, wc, wd, inside)) * halve
+        xx = (xx + _sample(after_ptr + 3 * plane, a, b, c, d, wa, wb, wc, wd, inside)) * halve
+        xy = (xy + _sample(after_ptr + 4 * plane, a, b, c, d, wa, wb, wc, wd, inside)) * halve * 0.5
         by = by + yy * dy + xy * dx
         bx = bx + xy * dy + xx * dx
         weight = _edge_weight(y, height) * weight_x

@@ -8,6 +8,7 @@ no objection and says once which one that was.
 """
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 logger = logging.getLogger("timefast")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looks for a file, imports nothing
 
 
 def _no_reasons(*args: Any, **kwargs: Any) -> list[str]:
@@ -76,6 +78,30 @@ def check_like(
         )
     if not x.is_floating_point():
         raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+
+
+def triton_unavailable() -> list[str]:
+    """Why no Triton kernel can run on this machine."""
+    if not _HAS_TRITON:
+        return ["Triton is not installed; `pip install triton` provides it"]
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return ["torch sees no CUDA device (TRITON_INTERPRET=1 runs kernels on the CPU, for tests)"]
+    return []
+
+
+def why_not_triton(q: torch.Tensor, max_width: int) -> list[str]:
+    """Why the Triton attention kernels cannot take inputs like `q`."""
+    reasons = []
+    if q.device.type == "cuda":
+        if torch.cuda.get_device_capability(q.device) < (8, 0):
+            reasons.append(f"{q.device} is older than compute capability 8.0")
+    elif q.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"q is on {q.device}; triton takes CUDA")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"q is {q.dtype}; triton takes float16, bfloat16, float32")
+    if q.shape[-1] > max_width:
+        reasons.append(f"q is {q.shape[-1]} wide in its last dimension; triton takes {max_width}")
+    return reasons
 
 
 @dataclass(frozen=True)

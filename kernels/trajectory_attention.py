@@ -8,8 +8,8 @@ with u = x for values="trajectory", which is what the published Motionformer cod
 and u = v2 for values="projected", which is what its paper writes (Patrick et al. 2021, equations 3
 to 6). The class token takes no part in this; it attends once over all tokens of the clip.
 
-Only the reference forms k2 and v2, T times as large as the tokens. Elsewhere the projections move to
-where there is one vector per patch: with w_k the rows of w_kv of one head,
+Only the reference forms k2 and v2, T times as large as the tokens. Elsewhere the projections move
+to where there is one vector per patch: with w_k the rows of w_kv of one head,
 
     q2 . k2[s] = (w_k^T q2) . x[s] + a constant over s, which the softmax drops
     sum_s a[s] v2[s] = w_v (sum_s a[s] x[s]) + b_v
@@ -61,18 +61,32 @@ def trajectory_attention_reference(
     values: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    heads = q.shape[3:]
     scores = scale * torch.einsum("btnhd,bsmhd->btnhsm", q, k)
-    x = torch.einsum("btnhsm,bsmhd->btnshd", scores.softmax(-1), v)  # [B, T, N, T, H, D]
+    x = torch.einsum("btnhsm,bsmhd->btnshd", scores.softmax(-1), v)
+    out = attend_along(x, w_q, b_q, w_kv, b_kv, values=values, scale=scale)
+    keys = torch.cat([cls_k[:, None], k.flatten(1, 2)], 1)  # [B, 1 + S, H, D]
+    p = (scale * torch.einsum("bhd,bshd->bhs", cls_q, keys)).softmax(-1)
+    return out, torch.einsum("bhs,bshd->bhd", p, torch.cat([cls_v[:, None], v.flatten(1, 2)], 1))
+
+
+def attend_along(
+    x: Tensor,
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_kv: Tensor,
+    b_kv: Tensor | None,
+    *,
+    values: str,
+    scale: float,
+) -> Tensor:
+    """The second step as it is written: x [B, T, N, T, H, D], for every patch its answers from all
+    frames, -> [B, T, N, H, D]."""
+    heads = x.shape[4:]
     own = x.diagonal(dim1=1, dim2=3).permute(0, 4, 1, 2, 3)  # [B, T, N, H, D]
     q2 = F.linear(own.flatten(3), w_q, b_q).unflatten(-1, heads)
     k2, v2 = F.linear(x.flatten(4), w_kv, b_kv).unflatten(-1, (2, *heads)).unbind(4)
     along = (scale * torch.einsum("btnhd,btnshd->btnhs", q2, k2)).softmax(-1)
-    out = torch.einsum("btnhs,btnshd->btnhd", along, x if values == "trajectory" else v2)
-
-    keys = torch.cat([cls_k[:, None], k.flatten(1, 2)], 1)  # [B, 1 + S, H, D]
-    p = (scale * torch.einsum("bhd,bshd->bhs", cls_q, keys)).softmax(-1)
-    return out, torch.einsum("bhs,bshd->bhd", p, torch.cat([cls_v[:, None], v.flatten(1, 2)], 1))
+    return torch.einsum("btnhs,btnshd->btnhd", along, x if values == "trajectory" else v2)
 
 
 def trajectory_attention_cpu(*args: Any, values: str, scale: float) -> tuple[Tensor, Tensor]:
@@ -317,9 +331,7 @@ def _class_attend_grad(
     return dq, d_own * cls_q, own * g, dk, dv
 
 
-def _case(
-    name: str, *shape: int, values: str = "trajectory", size: str = "tiny"
-) -> Case:
+def _case(name: str, *shape: int, values: str = "trajectory", size: str = "tiny") -> Case:
     def build(dtype: torch.dtype, device: str, generator: Generator) -> Any:
         clips, frames, patches, heads, width = shape
         dim = heads * width

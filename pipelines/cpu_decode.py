@@ -24,6 +24,7 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+NAME = f"cpu (PyAV {av.__version__})"
 KINDS = {
     "missing": "no such file",
     "dangling-link": "a link to a file that is not there",

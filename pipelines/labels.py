@@ -20,13 +20,3 @@ def clip_labels(video: torch.Tensor, spec: ClipSpec) -> torch.Tensor | None:
         std=spec.std,
         impl=spec.flow_impl,
     )
-
-
-def one_thread() -> None:
-    """For a forked worker: OpenCV without its thread pool, of which a fork inherits only the name.
-
-    The number is 0, not 1: to shrink to 1 OpenCV would wait for threads that are not there.
-    """
-    import cv2
-
-    cv2.setNumThreads(0)

@@ -10,10 +10,9 @@ import signal
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import av
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from timefast.data.augment import (
     apply_augmentations,
@@ -29,13 +28,14 @@ from timefast.data.batch import Batch, ClipSpec, Failure, Record, VideoSet
 from timefast.data.rng import generator
 from timefast.data.sampling import distinct_views, train_frames, view_frames
 from timefast.errors import InputError
+from timefast.kernels.farneback import opencv_without_threads
+from timefast.pipelines import cpu_decode
 from timefast.pipelines.cpu_decode import Decoded, VideoError, decode
-from timefast.pipelines.labels import clip_labels, one_thread
+from timefast.pipelines.labels import clip_labels
 from timefast.pipelines.manifest import Known
 
 logger = logging.getLogger("timefast")
 
-MOST_SUBSTITUTES = 50  # bad videos in a row before a training batch is given up
 MOST_WORKERS = 16
 SECONDS_AFTER_SIGTERM = 30  # what a worker has to deliver the batches a stopping run still needs
 Job = tuple[int, int, int]  # epoch, first and end position in its order
@@ -45,7 +45,8 @@ class ClipLoader:
     """Batches of clips of a split.
 
     In training an epoch visits the videos in a random order, one clip each, the last batch may be
-    short, and a bad video is replaced by the next good one in the order. In evaluation each video
+    short, and a bad video is replaced by the next good one in the order, unless
+    `max_bad_in_a_row` videos were bad. In evaluation each video
     gives views[0] temporal x views[1] spatial clips (1 or 3), which stand together; the order is
     that of the records and a bad video is absent. Either way it is in `Batch.failures`.
 
@@ -69,6 +70,7 @@ class ClipLoader:
         pipeline: Literal["auto", "cpu", "dali"] = "auto",
         device: str | torch.device = "cpu",
         views: tuple[int, int] = (1, 1),
+        max_bad_in_a_row: int = 50,
     ):
         _check(spec, batch_size, views, train)
         self.videos = videos
@@ -88,7 +90,15 @@ class ClipLoader:
         if self.workers:
             many = {"persistent_workers": True, "worker_init_fn": _start_worker}
         self._loader = DataLoader(
-            _Batches(videos, spec, train, seed, views, labels=train and not self._labels_on_device),
+            _Batches(
+                videos,
+                spec,
+                train,
+                seed,
+                views,
+                labels=train and not self._labels_on_device,
+                tries=max_bad_in_a_row if train else 1,
+            ),
             batch_size=None,  # a job is a whole batch
             sampler=self._jobs,
             num_workers=self.workers,
@@ -105,7 +115,7 @@ class ClipLoader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from number `start` on.
 
-        Raises InputError if so many videos in a row are bad that no substitute is found.
+        Raises InputError if so many videos in a row are bad that none is substituted.
         """
         self._jobs.epoch, self._jobs.start = epoch, start
         for (_, first, end), batch in zip(self._jobs, self._loader, strict=True):
@@ -119,7 +129,7 @@ class ClipLoader:
     def close(self) -> None:
         """End the workers; a later call of `batches` starts new ones."""
         if self._loader._iterator is not None:
-            self._loader._iterator._shutdown_workers()
+            self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._loader._iterator = None
 
 
@@ -146,9 +156,11 @@ class _Batches(Dataset[Batch]):
         seed: int,
         views: tuple[int, int],
         labels: bool,
+        tries: int,
     ):
         self.videos, self.spec, self.train, self.seed = videos, spec, train, seed
         self.views, self.labels = views, labels
+        self.tries = min(tries, len(videos.records))
         self.known = Known(videos)
         self.bad: dict[int, Failure] = {}
         self._order = -1, np.arange(0)  # epoch, its order
@@ -160,9 +172,8 @@ class _Batches(Dataset[Batch]):
         failures: list[Failure] = []
         notices: list[Failure] = []
         order = self._epoch_order(epoch)
-        tries = min(MOST_SUBSTITUTES, len(order)) if self.train else 1
         for position in range(first, end):
-            for step in range(tries):
+            for step in range(self.tries):
                 sample = int(order[(position + step) % len(order)])
                 record = self.videos.records[sample]
                 try:
@@ -270,7 +281,8 @@ def _start_worker(number: int) -> None:
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
-    one_thread()
+    if get_worker_info().dataset.labels:  # type: ignore[union-attr]
+        opencv_without_threads()
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -304,7 +316,7 @@ def _choose(pipeline: str) -> str:
         raise NotImplementedError(
             f"pipeline dali cannot run: {'; '.join(why_not_dali)}. Use --pipeline cpu"
         )
-    chosen = f"cpu (PyAV {av.__version__})"
+    chosen = cpu_decode.NAME
     if pipeline == "auto":
         logger.info("pipeline: %s; not dali: %s", chosen, "; ".join(why_not_dali))
     return chosen

@@ -38,11 +38,16 @@ def stamp(path: Path) -> tuple[int, int]:
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """The newest line of each video, by its path. Lines that are not of a manifest are left out."""
-    return {
-        line["path"]: line
-        for line in read_json_lines(path)
-        if isinstance(line, dict) and {"path", "size", "mtime_ns", "verdict"} <= line.keys()
-    }
+    return {line["path"]: line for line in read_json_lines(path) if _is_line(line)}
+
+
+def _is_line(line: Any) -> bool:
+    if not isinstance(line, dict):
+        return False
+    texts, numbers = ("path", "verdict"), ("size", "mtime_ns", "deep")
+    return all(isinstance(line.get(name), str) for name in texts) and all(
+        isinstance(line.get(name), int) for name in numbers
+    )
 
 
 class Known:

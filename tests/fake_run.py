@@ -93,7 +93,7 @@ def fake_evals(steps: tuple[int, ...] = (120, 240, 360, 480)) -> list[dict[str, 
             rise = 1 - math.exp(-3.2 * done)
             lines.append({
                 "kind": "eval", "step": step, "epoch": step / 30, "split": "validation",
-                "protocol": PROTOCOL, "subset": subset, "draws": 3, "shuffled_top1_spread": 0.8,
+                "protocol": PROTOCOL, "subset": subset, "shuffles": 3, "shuffled_top1_spread": 0.8,
                 "videos_expected": COUNTS[subset], "videos_evaluated": COUNTS[subset],
                 "videos_failed": 0, "top1": top * rise, "top5": min(100.0, top * rise + 9),
                 "shuffled_top1": low * rise, "gap": (top - low) * rise,

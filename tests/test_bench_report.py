@@ -73,6 +73,17 @@ def test_rates_are_computed_from_bytes_operations_and_median(root):
     assert "../bench/results/ops_gpu" in text
 
 
+def test_pipelines_are_shown_in_clips_per_second(root):
+    record = op_record("cpu", 0.5, op="loader", case="ssv2", clips=16)
+    for key in ("dtype", "direction", "bytes", "flops", "error"):
+        del record[key]
+    put(root, "pipelines_cpu_2026-11-20_abc1234.json", [record])
+    text = report.records(root, "", "pipelines")
+    assert "| Clips/s |" in text
+    assert "| 32 |" in text
+    assert "TFLOP/s" not in text
+
+
 def test_speed_compares_with_the_best_alternative(root):
     measured = [op_record("reference", 0.008), op_record("triton", 0.001), op_record("sdpa", 0.002)]
     put(root, "ops_gpu_2026-11-20_abc1234.json", measured)

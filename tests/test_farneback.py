@@ -48,11 +48,19 @@ def shifted(height, width, dx, dy):
     return prev, big[y - dy : y - dy + height, x - dx : x - dx + width]
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("impl", "device"),
+    [
+        ("reference", "cpu"),
+        ("cpu", "cpu"),
+        pytest.param("reference", "cuda", marks=pytest.mark.gpu),
+        pytest.param("triton", "cuda", marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_flow_equals_the_stored_flow_of_opencv(path, impl):
+def test_flow_equals_the_stored_flow_of_opencv(path, impl, device):
     for name, pair in golden_pairs(path):
-        flow = farneback(pair["prev"], pair["next"], impl=impl)
+        flow = farneback(pair["prev"].to(device), pair["next"].to(device), impl=impl).cpu()
         assert_like_opencv(flow, pair["flow"].permute(2, 0, 1), name in STATIC)
         if name in ("constant", "brightness_step"):
             assert not flow.any()

@@ -7,12 +7,23 @@ from golden_rule import assert_near, part, read_golden, rule_state, rule_video
 import timefast
 from timefast.losses import time_losses
 
-TIME = ["time_timesformer_t4", "time_timesformer_t8", "time_xvit_t4", "time_xvit_t8"]
+TIME = [
+    "time_timesformer_t4",
+    "time_timesformer_t8",
+    "time_motionformer_t4",
+    "time_motionformer_t8",
+    "time_motionformer_joint_t4",
+    "time_xvit_t4",
+    "time_xvit_t8",
+]
 UPSTREAM = [
     "upstream_timesformer_divided",
     "upstream_timesformer_joint",
     "upstream_timesformer_spaceonly",
     "hf_timesformer_divided",
+    "upstream_motionformer_traj",
+    "upstream_motionformer_divided",
+    "upstream_motionformer_jointattn",
     "upstream_xvit",
 ]
 
@@ -25,6 +36,10 @@ def load(state: dict[str, torch.Tensor], config: dict) -> torch.nn.Module:
             "head_heads": config["temporal_head"]["heads"], "head_dropout": 0.0,
             "frames": config["frames"],
         }  # fmt: skip
+    if not config.get("use_original_traj_code", True):
+        keywords["values"] = "projected"
+    if config.get("approx", "none") != "none":
+        keywords |= {"approx": config["approx"], "landmarks": config["num_landmarks"]}
     return timefast.load_model(state, **keywords)
 
 
@@ -115,7 +130,9 @@ def test_rule_makes_the_stated_values():
     assert torch.equal(rule_video(config)[0, :, 0].flatten()[:64], golden["input/video_head"])
 
 
-@pytest.mark.parametrize("name", ["full_timesformer_d2_grad", "full_xvit_d2_grad"])
+@pytest.mark.parametrize(
+    "name", ["full_timesformer_d2_grad", "full_motionformer_d2_grad", "full_xvit_d2_grad"]
+)
 def test_full_width_losses_and_gradients(name):
     golden, config = read_golden(name)
     state = rule_state(config)
@@ -138,7 +155,9 @@ def test_full_width_losses_and_gradients(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full_timesformer_d12", "full_xvit_d12"])
+@pytest.mark.parametrize(
+    "name", ["full_timesformer_d12", "full_motionformer_d12", "full_xvit_d12"]
+)
 def test_full_depth_outputs_and_losses(name):
     golden, config = read_golden(name)
     model = load(rule_state(config), config).train()

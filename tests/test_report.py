@@ -238,6 +238,18 @@ def test_headline_takes_the_last_evaluation_only():
     assert {r["top1"] for r in report.final_rows(evals + other)} == {12.5}
 
 
+def test_headline_says_what_shuffling_costs():
+    rows = report.final_rows(fake_evals())
+    assert report._finding(rows).startswith("Shuffling the frames costs 53.3 points on temporal")
+    for row, gap in zip(rows, (1.0, 0.0, -2.4), strict=True):
+        row["gap"] = gap
+    assert report._finding(rows) == (
+        "Shuffling the frames costs nothing on temporal classes and "
+        "nothing on static classes (+2.4)."
+    )
+    assert report._finding([]) is None
+
+
 def test_incomplete_evaluation_is_marked():
     evals = fake_evals()
     evals[-1] |= {"videos_evaluated": 238, "videos_failed": 2}

@@ -96,7 +96,7 @@ def test_interrupted_scan_goes_on_where_it_stopped(folder, monkeypatch):
     monkeypatch.setattr(scan_module, "probe", killed)
     assert main([str(folder), "--workers", "1"]) == 130
     with (folder / NAME).open("a") as file:
-        file.write('{"path": "half a li')
+        file.write('{"path": "1.webm", "size": "large"}\n{"path": "half a li')
     looked = count_looks(monkeypatch)
     assert verdicts(scan(folder, workers=1)) == VERDICTS
     assert looked == ["cut.webm", "empty.mp4", "page.webm"]

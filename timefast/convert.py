@@ -318,8 +318,24 @@ def sizes_of(
         return sizes
     sizes["table_size"] = table_size
     sizes["image_size"] = table_size if image_size is None else image_size
-    sizes.update(_xvit_sizes(state) if backbone == "xvit" else {})
+    sizes.update(_xvit_sizes(state) if backbone == "xvit" else _motionformer_sizes(state, rows))
     return sizes
+
+
+def _motionformer_sizes(state: Mapping[str, Tensor], rows: int) -> dict[str, Any]:
+    trajectory = "blocks.0.attn.proj_kv.weight" in state
+    divided = "blocks.0.timeattn.qkv.weight" in state
+    joint = "st_embed" in state
+    tubes = state.get("patch_embed_3d.proj.weight")
+    tube = 1 if tubes is None else tubes.shape[2]
+    length = (state["st_embed"].shape[1] - 1) // rows if joint else state["temp_embed"].shape[1]
+    return {
+        "attention": "trajectory" if trajectory else "divided" if divided else "joint",
+        "position": "joint" if joint else "separate",
+        "tube": tube,
+        "frames": tube * length,
+        "pre_logits": "tanh" if "pre_logits.fc.weight" in state else None,
+    }
 
 
 def _xvit_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:

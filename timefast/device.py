@@ -1,6 +1,7 @@
 """Which device and which precision a command computes with."""
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,17 @@ def autocast_for(device: torch.device, precision: str) -> tuple[Callable[[], Any
         return contextlib.nullcontext, precision
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return lambda: torch.autocast(device.type, dtype=dtype), precision
+
+
+def share_cores_with_workers(device: torch.device) -> None:
+    """On a CPU leave half of the cores to the decoding processes.
+
+    The number of threads decides the order of sums, so it must not follow the number of workers: a
+    run continued with other workers is to compute the same bits.
+    """
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores - cores // 2))
 
 
 def device_name(device: torch.device) -> str:

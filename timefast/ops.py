@@ -6,6 +6,7 @@ from timefast.kernels.flow_attention import pairwise_attention
 from timefast.kernels.flow_labels import flow_labels
 from timefast.kernels.op import implementations
 from timefast.kernels.shift_attention import shift_attention
+from timefast.kernels.trajectory_attention import trajectory_attention
 
 __all__ = [
     "farneback",
@@ -15,4 +16,5 @@ __all__ = [
     "shift_attention",
     "space_attention",
     "time_attention",
+    "trajectory_attention",
 ]

@@ -92,7 +92,7 @@ def render(
         ("step",), [r for r in records if r.get("kind") == "train" and _finite(r.get("step"))]
     )
     evals = _last_per(
-        ("step", "split", "protocol", "draws", "subset"),
+        ("step", "split", "protocol", "shuffles", "subset"),
         [r for r in records if r.get("kind") == "eval" and _finite(r.get("step"))],
     )
     environment = Environment(
@@ -137,8 +137,10 @@ def _percent(value: Any) -> str:
 
 
 def _points(value: Any) -> str:
-    """A difference of percentages, with a true minus sign."""
-    return f"{value:+.1f}".replace("-", "−") if _finite(value) else "–"
+    """A difference of percentages, with a true minus sign; no sign for what rounds to zero."""
+    if not _finite(value):
+        return "–"
+    return f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0.0"
 
 
 def _number(value: Any, digits: int = 2) -> str:
@@ -172,7 +174,7 @@ def final_rows(evals: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = {
         r.get("subset") or "all": {**r, "gap": _gap(r)}
         for r in evals
-        if all(r.get(k) == last.get(k) for k in ("step", "split", "protocol", "draws"))
+        if all(r.get(k) == last.get(k) for k in ("step", "split", "protocol", "shuffles"))
     }
     order = [*SUBSETS, *(k for k in rows if k not in SUBSETS)]
     return [{**rows[k], "subset": k} for k in order if k in rows]
@@ -237,13 +239,15 @@ def _cards(final: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _finding(final: list[dict[str, Any]]) -> str | None:
-    parts = [
-        f"{abs(r['gap']):.1f} points on {SUBSETS.get(r['subset'], r['subset']).lower()}"
-        if r["gap"] >= 0
-        else f"nothing on {SUBSETS.get(r['subset'], r['subset']).lower()} ({_points(-r['gap'])})"
-        for r in final
-        if _finite(r["gap"]) and (r["subset"] != "all" or len(final) == 1)
-    ]
+    parts = []
+    for row in final:
+        if _finite(row["gap"]) and (row["subset"] != "all" or len(final) == 1):
+            where = f"on {SUBSETS.get(row['subset'], row['subset']).lower()}"
+            if row["gap"] >= 0.05:
+                parts.append(f"{row['gap']:.1f} points {where}")
+            else:
+                gain = f" ({_points(-row['gap'])})" if row["gap"] <= -0.05 else ""
+                parts.append(f"nothing {where}{gain}")
     return f"Shuffling the frames costs {_list(parts)}." if parts else None
 
 

@@ -30,6 +30,7 @@ from timefast.pipelines.manifest import NAME, USABLE, key, read_manifest, stamp
 
 logger = logging.getLogger("timefast")
 
+LINE_EVERY = 5000  # videos, where there is no terminal for a bar
 Job = tuple[Path, Path, str, bool]  # file, folder it must lie in, its name in the manifest, deep
 
 
@@ -58,13 +59,15 @@ def scan(
     logger.info("%d videos, %d of them looked at before", len(files), len(found))
     try:
         lines = JsonLines(manifest)
+        bad = sum(line["verdict"] not in USABLE for line in found.values())
         bar = tqdm(_looks(jobs, workers), "scan", len(jobs), unit="video", disable=None)
-        for line in bar:
+        for done, line in enumerate(bar, start=1):
             lines.write(line)
             found[line["path"]] = line
-            bar.set_postfix(
-                bad=sum(v["verdict"] not in USABLE for v in found.values()), refresh=False
-            )
+            bad += line["verdict"] not in USABLE
+            bar.set_postfix(bad=bad, refresh=False)
+            if bar.disable and done % LINE_EVERY == 0:
+                logger.info("%d of %d videos looked at, %d bad", done, len(jobs), bad)
         lines.close()
         _rewrite(manifest, found)
     except OSError as error:

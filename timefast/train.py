@@ -25,7 +25,7 @@ from timefast.config import Parser, TrainConfig, add_flags, given_flags
 from timefast.data import open_videos
 from timefast.data.batch import Batch, ClipSpec, Failure
 from timefast.data.rng import generator, torch_seed
-from timefast.device import autocast_for, device_name, pick_device
+from timefast.device import autocast_for, device_name, pick_device, share_cores_with_workers
 from timefast.errors import InputError, RunError
 from timefast.eval.accuracy import predict, protocol, summarise, table
 from timefast.failures import FailureLog
@@ -144,6 +144,7 @@ class Trainer:
         self.config = config
         self.interrupt = interrupt
         self.device = pick_device(config.run.device)
+        share_cores_with_workers(self.device)
         self.autocast, self.precision = autocast_for(self.device, config.run.precision)
         self.videos = open_videos(config.data.root, "train")
         self.validation = open_videos(config.data.root, "validation")

@@ -396,7 +396,7 @@ def _drop_other_heads(
         replaced += [(head, "made with time_heads=False") for head in heads]
     elif "temp_head.weight" in converted.state:
         positions = len(converted.state["temp_head.weight"])
-        if positions != model.frames:
+        if positions != len(model.state_dict()["temp_head.weight"]):
             replaced += [("temp_head.", f"the order head of {positions} frames")]
     for key in list(converted.state):
         for prefix, why in replaced:

@@ -5,10 +5,15 @@ import inspect
 from typing import Any
 
 from timefast.models.heads import VideoTransformer
+from timefast.models.motionformer import Motionformer
 from timefast.models.timesformer import TimeSformer
 from timefast.models.xvit import XViT
 
-BACKBONES: dict[str, type[VideoTransformer]] = {"timesformer": TimeSformer, "xvit": XViT}
+BACKBONES: dict[str, type[VideoTransformer]] = {
+    "timesformer": TimeSformer,
+    "motionformer": Motionformer,
+    "xvit": XViT,
+}
 
 
 def keywords(backbone: str) -> dict[str, Any]:
