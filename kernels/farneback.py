@@ -63,7 +63,8 @@ def farneback(
 
     Raises ValueError for wrong shapes, dtypes or parameters, NotImplementedError with the reasons
     if the implementation named cannot run: "reference" (PyTorch), "cpu" (OpenCV over a pool of
-    `torch.get_num_threads()` threads), "cv2" (OpenCV, pair after pair) or "triton".
+    `torch.get_num_threads()` threads), "cv2" (OpenCV, pair after pair), "cv2_cuda" (OpenCV's CUDA
+    class, where the installed OpenCV has it) or "triton".
     """
     if prev.dim() < 2 or 0 in prev.shape[-2:]:
         raise ValueError(f"prev: expected [..., height, width], got {list(prev.shape)}")
@@ -345,8 +346,9 @@ def farneback_cpu(prev: Tensor, next: Tensor, **parameters: Any) -> Tensor:
     return _opencv(prev, next, threads=torch.get_num_threads(), **parameters)
 
 
-@torch.compiler.disable
 def _opencv(prev: Tensor, next: Tensor, *, threads: int, **parameters: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()  # a decorator would import the compiler with this file
     import cv2
 
     *batch, height, width = prev.shape
@@ -366,6 +368,39 @@ def _opencv(prev: Tensor, next: Tensor, *, threads: int, **parameters: Any) -> T
         for pair in range(pairs):
             one(pair)
     return flow.permute(0, 3, 1, 2).contiguous().view(*batch, 2, height, width)
+
+
+def farneback_cv2_cuda(
+    prev: Tensor,
+    next: Tensor,
+    *,
+    pyr_scale: float,
+    levels: int,
+    winsize: int,
+    iterations: int,
+    poly_n: int,
+    poly_sigma: float,
+) -> Tensor:
+    """The CUDA class of an OpenCV that was built with it: for comparisons, never chosen by "auto".
+
+    Pair after pair, through host memory and with a wait for each result. It is another
+    implementation than OpenCV's CPU code, which defines the flow here, and its results differ.
+    """
+    import cv2
+
+    *batch, height, width = prev.shape
+    pairs = [image.reshape(-1, height, width).float().cpu().numpy() for image in (prev, next)]
+    cuda: Any = cv2.cuda
+    solver = cuda.FarnebackOpticalFlow_create(
+        levels, pyr_scale, False, winsize, iterations, poly_n, poly_sigma, 0
+    )
+    flow = torch.empty(math.prod(batch), height, width, 2)
+    for out, *frames in zip(flow, *pairs, strict=True):
+        uploaded = [cuda.GpuMat() for _ in frames]
+        for matrix, frame in zip(uploaded, frames, strict=True):
+            matrix.upload(frame)
+        out.copy_(torch.from_numpy(solver.calc(*uploaded, None).download()))
+    return flow.movedim(-1, 1).reshape(*batch, 2, height, width).to(prev.device)
 
 
 def _farneback_triton(prev: Tensor, next: Tensor, **parameters: Any) -> Tensor:
@@ -407,6 +442,25 @@ def opencv_missing() -> list[str]:
     if importlib.util.find_spec("cv2") is None:
         return ["OpenCV is not installed; `pip install opencv-python-headless` provides it"]
     return []
+
+
+def _opencv_cuda_missing() -> list[str]:
+    if reasons := opencv_missing():
+        return reasons
+    import cv2
+
+    if not hasattr(cv2, "cuda") or not hasattr(cv2.cuda, "FarnebackOpticalFlow_create"):
+        reasons.append(
+            f"OpenCV {cv2.__version__} here has no cuda.FarnebackOpticalFlow; no package on PyPI "
+            "has, it takes a build of opencv_contrib with WITH_CUDA=ON"
+        )
+    if not hasattr(cv2, "cuda") or not cv2.cuda.getCudaEnabledDeviceCount():
+        reasons.append("OpenCV sees no CUDA device")
+    return reasons
+
+
+def _why_not_cv2_cuda(prev: Tensor, next: Tensor, *, poly_n: int, **parameters: Any) -> list[str]:
+    return [] if poly_n in (5, 7) else [f"poly_n={poly_n}; OpenCV's CUDA class takes 5 and 7"]
 
 
 def _why_not_cv2(prev: Tensor, next: Tensor, **parameters: Any) -> list[str]:
@@ -451,6 +505,7 @@ farneback_op = register(
             "triton": Impl(_farneback_triton, why_not_triton, triton_unavailable, auto=("cuda",)),
             "cpu": Impl(farneback_cpu, _why_not_cpu, opencv_missing, auto=("cpu",)),
             "cv2": Impl(farneback_cv2, _why_not_cv2, opencv_missing, auto=()),
+            "cv2_cuda": Impl(farneback_cv2_cuda, _why_not_cv2_cuda, _opencv_cuda_missing, auto=()),
         },
         cases=(
             _case("one-scale", (2,), 33, 47, "tiny"),

@@ -33,7 +33,7 @@ from timefast.kernels.farneback import PUBLISHED, Basis, basis, pyramid
 ROWS = 16  # output rows of a match program, held in registers
 COLS = 64
 TILE_ROWS = 8  # rows of a program of the other kernels
-WORKSPACE = 1 << 28  # bytes of planes, about: larger batches are worked through in parts
+WORKSPACE = 1 << 31  # bytes of planes, about: larger batches are worked through in parts
 ZERO, COARSER, STORED = 0, 1, 2  # where the flow before an update comes from
 
 

@@ -37,6 +37,8 @@ from timefast.kernels.op import (
     dispatch,
     in_float32,
     register,
+    triton_unavailable,
+    why_not_triton,
 )
 
 # Bytes that the temporary tensors of the portable path may take at once, in the forward as in the
@@ -91,6 +93,23 @@ def attend_along(
 
 def trajectory_attention_cpu(*args: Any, values: str, scale: float) -> tuple[Tensor, Tensor]:
     return _Absorbed.apply(*args, values == "projected", scale)
+
+
+def _trajectory_attention_triton(
+    *args: Any, values: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    from timefast.kernels.trajectory_attention_triton import trajectory_attention_op
+
+    return trajectory_attention_op(*args, values == "projected", scale)[:2]
+
+
+def _why_not_trajectory_triton(q: Tensor, *others: Any, **kwargs: Any) -> list[str]:
+    reasons = why_not_triton(q, max_width=128)
+    if q.shape[1] > 128:
+        reasons.append(f"q has {q.shape[1]} frames; triton takes 1 to 128")
+    if q.shape[3] > 64:
+        reasons.append(f"q has {q.shape[3]} heads; triton takes 1 to 64")
+    return reasons
 
 
 class _Weights(NamedTuple):
@@ -276,14 +295,15 @@ def _attend_grad(
             totals.v_bias.add_(g_heads.sum(1, keepdim=True))
         d_mixed = torch.bmm(g_heads, weights.v).transpose(0, 1)  # [M, H, C]
         d_along = torch.bmm(d_mixed, x_rows.transpose(1, 2))  # [M, H, T]
-        dx_rows = torch.bmm(part.along.transpose(1, 2), d_mixed)  # [M, T, C]
     else:
         x_heads = x_rows.view(-1, T, H, D)
         d_along = torch.stack([(g * x_heads[:, s]).sum(-1) for s in range(T)], -1)  # [M, H, T]
-        dx_rows = (part.along.transpose(1, 2)[..., None] * g[:, None]).flatten(2)  # [M, T, C]
     d_scores = part.along * (d_along - (part.along * d_along).sum(-1, keepdim=True)) * scale
-
-    dx_rows.baddbmm_(d_scores.transpose(1, 2), part.absorbed)
+    dx_rows = torch.bmm(d_scores.transpose(1, 2), part.absorbed)  # [M, T, C]
+    if part.mixed is not None:
+        dx_rows.baddbmm_(part.along.transpose(1, 2), d_mixed)
+    else:
+        dx_rows.view(-1, T, H, D).addcmul_(part.along.transpose(1, 2)[..., None], g[:, None])
     d_absorbed = torch.bmm(d_scores, x_rows).transpose(0, 1)  # [H, M, C]
     totals.k.baddbmm_(part.q2.transpose(1, 2), d_absorbed)
     dq2 = torch.bmm(d_absorbed, weights.k.transpose(1, 2))  # [H, M, D]
@@ -298,8 +318,8 @@ def _attend_grad(
     Q = part.x.shape[1]
     dx = dx_rows.view(-1, Q, T, H, D).permute(0, 3, 2, 1, 4).reshape(part.x.shape)  # [A*H*T, Q, D]
     dv.view(-1, N, D).baddbmm_(part.p, dx)
-    ds = torch.bmm(v_rows.view(-1, N, D), columns(dx))  # [A*H*T, N, Q]
-    ds = ds.sub_((dx * part.x).sum(-1)[:, None]).mul_(part.p).view(len(dk), T * N, Q)
+    ds = torch.bmm(v_rows.view(-1, N, D), dx.transpose(1, 2)).mul_(part.p)  # [A*H*T, N, Q]
+    ds = ds.addcmul_(part.p, ds.sum(1, keepdim=True), value=-1).view(len(dk), T * N, Q)
     mine = slice(frames.start * N, frames.stop * N)
     dk.baddbmm_(ds, q_rows[:, mine], alpha=scale)
     dq[:, mine] = torch.bmm(ds.transpose(1, 2), k_rows).mul_(scale)
@@ -353,7 +373,15 @@ TRAJECTORY_ATTENTION = register(
     Op(
         "trajectory_attention",
         reference=trajectory_attention_reference,
-        impls={"cpu": Impl(trajectory_attention_cpu)},
+        impls={
+            "triton": Impl(
+                _trajectory_attention_triton,
+                _why_not_trajectory_triton,
+                triton_unavailable,
+                auto=("cuda",),
+            ),
+            "cpu": Impl(trajectory_attention_cpu),
+        },
         cases=(
             _case("tiny-odd", 2, 3, 5, 2, 16),
             _case("projected", 2, 3, 4, 3, 16, values="projected"),

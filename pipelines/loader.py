@@ -45,10 +45,10 @@ class ClipLoader:
     """Batches of clips of a split.
 
     In training an epoch visits the videos in a random order, one clip each, the last batch may be
-    short, and a bad video is replaced by the next good one in the order, unless
-    `max_bad_in_a_row` videos were bad. In evaluation each video
-    gives views[0] temporal x views[1] spatial clips (1 or 3), which stand together; the order is
-    that of the records and a bad video is absent. Either way it is in `Batch.failures`.
+    short, and a bad video is replaced by the next good one in the order (up to `max_bad_in_a_row`
+    bad ones are passed over). In evaluation each video gives views[0] temporal x views[1] spatial
+    clips (1 or 3), which stand together; the order is that of the records and a bad video is
+    absent. Either way it is in `Batch.failures`.
 
     `batch_size` counts videos. `workers` is a number of processes (0: none; None: from the number
     of cores). Batches come out on `device`; flow labels are made in the workers, or on the device

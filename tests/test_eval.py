@@ -93,7 +93,6 @@ def test_a_subset_looks_at_its_classes_alone(tmp_path):
         label=torch.tensor([0, 0, 1, 1]),
         original=torch.eye(4)[[0, 0, 0, 0]],
         shuffled=torch.zeros(0, 4, 4),
-        failures=(),
     )
     videos = video_set(tmp_path, [0, 0, 1, 1])
     assert summarise(predictions, videos, (0,))["top1"] == 100.0

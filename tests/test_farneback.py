@@ -277,3 +277,54 @@ def test_cases_have_inputs_the_op_takes(case):
     expected = farneback(prev, next, **parameters, impl="reference")
     assert_like_opencv(farneback(prev, next, **parameters, impl="cpu"), expected)
     assert expected.abs().max() > 0.5
+
+
+def test_the_cuda_class_of_opencv_is_refused_where_opencv_has_none():
+    cv2 = pytest.importorskip("cv2")
+    if hasattr(cv2.cuda, "FarnebackOpticalFlow_create"):
+        pytest.skip("this OpenCV has it")
+    image = texture(32, 32)
+    with pytest.raises(NotImplementedError, match=r"no cuda.FarnebackOpticalFlow"):
+        farneback(image, image, impl="cv2_cuda")
+
+
+class StandInSolver:
+    def calc(self, prev, next, flow):
+        assert flow is None
+        expected = cv2_flow(prev.frame, next.frame)
+        return StandInMatrix(expected.movedim(0, -1).numpy())
+
+
+class StandInMatrix:
+    def __init__(self, frame=None):
+        self.frame = frame
+
+    def upload(self, frame):
+        self.frame = frame
+
+    def download(self):
+        return self.frame
+
+
+def cv2_flow(prev, next):
+    return farneback(torch.from_numpy(prev), torch.from_numpy(next), impl="cv2")
+
+
+def test_the_cuda_class_of_opencv_is_handed_each_pair(monkeypatch):
+    cv2 = pytest.importorskip("cv2")
+    arguments = []
+
+    def create(*given):
+        arguments.append(given)
+        return StandInSolver()
+
+    monkeypatch.setattr(cv2.cuda, "FarnebackOpticalFlow_create", create, raising=False)
+    monkeypatch.setattr(cv2.cuda, "GpuMat", StandInMatrix)
+    monkeypatch.setattr(cv2.cuda, "getCudaEnabledDeviceCount", lambda: 1)
+    prev = texture(32, 40, batch=(2, 1))
+    next = prev.roll(1, dims=-1)
+    flow = farneback(prev, next, impl="cv2_cuda")
+    assert arguments == [(3, 0.5, False, 15, 3, 5, 1.2, 0)]
+    assert torch.equal(flow, farneback(prev, next, impl="cv2"))
+    with pytest.raises(NotImplementedError, match="poly_n=3"):
+        farneback(prev, next, poly_n=3, impl="cv2_cuda")

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 from timefast.config import TrainConfig, sections
+from timefast.models import keywords
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": 0, "ops": 0,
     "models": 1, "losses": 1, "data": 1, "config": 1, "optim": 1, "log": 1, "errors": 0, "device": 1,
-    "failures": 1, "meter": 1,
+    "failures": 1, "meter": 1, "cache": 1,
     "methods": 2, "pipelines": 2,
     "recipes": 3, "checkpoint": 3, "eval": 3, "run_folder": 3, "weights": 3, "convert": 3,
-    "patch": 3,
+    "patching": 3,
 }  # fmt: skip
 COMMANDS = 4  # everything else, and every __main__.py
 ONE_FILE_ONLY = {
@@ -107,7 +108,7 @@ def test_an_optional_package_is_imported_where_it_belongs(package):
 def test_importing_timefast_loads_nothing_heavy():
     code = (
         "import sys, timefast, timefast.ops, timefast.losses\n"
-        "heavy = {'triton', 'cv2', 'av', 'nvidia', 'matplotlib', 'PIL', 'transformers', 'tqdm'}\n"
+        "heavy = {'triton', 'cv2', 'av', 'nvidia', 'matplotlib', 'PIL', 'torch._dynamo'}\n"
         "print(*sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -133,6 +134,7 @@ def test_each_config_field_is_read_somewhere():
         for section in sections()
         for spec in dataclasses.fields(getattr(TrainConfig(), section))
     }
+    read |= set(keywords("timesformer"))  # the model's section is handed over as a whole
     assert not {f for f in fields if f.split(".")[1] not in read}
 
 
@@ -144,5 +146,5 @@ def test_public_names_exist():
 
 
 def test_no_file_is_endless():
-    long = {p.name: n for p in sources() if (n := len(p.read_text("utf-8").splitlines())) > 700}
-    assert not long
+    lines = {p.name: len(p.read_text("utf-8").splitlines()) for p in sources()}
+    assert not {n: k for n, k in lines.items() if k > (900 if n.endswith("_triton.py") else 620)}

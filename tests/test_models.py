@@ -184,9 +184,9 @@ def test_stochastic_depth_is_the_published_form(monkeypatch):
     """Draws per clip and position over time, per clip and frame over space, per clip for the MLP;
     the block then equals the form that copies the class token into every frame."""
     B, T, N, C = 2, 4, 4, 32
-    block = small(drop_path=0.5).blocks[1].train()
+    block = small(drop_path=0.5).blocks[1].double().train()
     masks = {"time": (B, 1, N, 1), "space": (B, T), "mlp": (B, 1)}
-    masks = {name: torch.randint(0, 2, shape) / 0.5 for name, shape in masks.items()}
+    masks = {name: torch.randint(0, 2, shape).double() / 0.5 for name, shape in masks.items()}
     draws = iter(masks.values())
 
     def replay(module, shape, like):
@@ -195,7 +195,7 @@ def test_stochastic_depth_is_the_published_form(monkeypatch):
         return mask
 
     monkeypatch.setattr(timesformer, "keep_scale", replay)
-    cls, x = torch.randn(B, C), torch.randn(B, T, N, C)
+    cls, x = torch.randn(B, C).double(), torch.randn(B, T, N, C).double()
     with torch.no_grad():
         new_cls, new_x = block(cls, x)
 

@@ -584,6 +584,18 @@ def test_nothing_but_bad_videos_ends_with_their_names(tmp_path):
             list(loader(tmp_path, 3, batch_size=2, workers=workers).batches(0))
 
 
+def test_so_many_bad_videos_in_a_row_end_the_epoch(videos, tmp_path):
+    order = [i for b in loader(videos, 12).batches(0) for i in b.sample.tolist()]
+    for place, number in enumerate(order):
+        good = (videos / f"{number}.webm").read_bytes()
+        put(tmp_path, b"" if 5 <= place < 8 else good, f"{number}.webm")
+    assert len(list(loader(tmp_path, 12, max_bad_in_a_row=4).batches(0))) == 3
+    batches = loader(tmp_path, 12, max_bad_in_a_row=3).batches(0)
+    assert len(next(batches).label) == 5
+    with pytest.raises(InputError, match="3 videos in a row"):
+        next(batches)
+
+
 def test_scanned_files_are_not_tried_again_and_changed_ones_are_told_apart(videos, tmp_path):
     for number in range(4):
         put(tmp_path, (videos / f"{number}.webm").read_bytes(), f"{number}.webm")

@@ -215,6 +215,9 @@ def test_folder_of_hugging_face(tmp_path):
     with torch.no_grad():
         expected = theirs(pixel_values=video.transpose(1, 2)).logits
         torch.testing.assert_close(ours(video), expected)
+    bare = load_model(dict(theirs.timesformer.state_dict()), heads=2, num_classes=5, strict=False)
+    assert bare.load_report.at_init == ["head.weight", "head.bias"]
+    torch.testing.assert_close(bare.eval().features(video).cls, ours.features(video).cls)
     edited = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**edited, "hidden_act": "relu"}))
     with pytest.raises(InputError, match="hidden_act='relu' is not supported"):
@@ -238,6 +241,19 @@ def test_an_image_model_answers_for_a_still_clip(tmp_path):
         "time_embed", "blocks", "temp_head", "mlp_q", "mlp_k", "mlp_v", "mlp_proj", "mlp_norm",
         "flow_head",
     }  # fmt: skip
+
+
+def test_an_image_model_starts_the_frames_of_an_xvit(tmp_path):
+    vit = image_state()
+    save_file(vit, tmp_path / "vit.safetensors")
+    model = create_model("xvit", **SMALL)
+    head = model.consensus.head.weight.clone()
+    report = load_imagenet(model, tmp_path / "vit.safetensors")
+    assert torch.equal(model.blocks[1].attn.qkv.weight, vit["blocks.1.attn.qkv.weight"])
+    assert torch.equal(model.base_model.cls_token, vit["cls_token"])
+    assert report.converted["base_model.pos_embed"] == "resized to 28x28 patches (bilinear)"
+    assert set(report.unused) == {"head.weight", "head.bias"} and not report.unexpected
+    assert torch.equal(model.consensus.head.weight, head)  # keeps its initialisation
 
 
 def test_image_weights_of_another_grid_and_classifier_are_adapted(tmp_path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from timefast.models import create_model
-    from timefast.patch import patch
+    from timefast.patching import patch
     from timefast.weights import load_model
 
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ __all__ = ["create_model", "load_model", "losses", "ops", "patch"]
 _WHERE = {
     "create_model": "timefast.models",
     "load_model": "timefast.weights",
-    "patch": "timefast.patch",
+    "patch": "timefast.patching",
 }
 
 

@@ -1,19 +1,25 @@
-"""Foreign checkpoints and ours: which family a state dict is of, what sizes it tells, and one
-pure state-dict-to-state-dict function per family and direction.
+"""Foreign checkpoints and ours: `python -m timefast.convert SOURCE DEST [--to FAMILY]`.
 
-Our own keys are those of the published TIME code, so that family needs no function.
+Which family a state dict is of, what sizes it tells, and one pure state-dict-to-state-dict function
+per family and direction. Our own keys are those of the published TIME code, so that family needs
+no function.
 """
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from timefast.config import Parser
 from timefast.errors import InputError
+from timefast.log import to_console
 from timefast.models.vit import grid_of, resize_frames, resize_grid
 
 State = dict[str, Tensor]
@@ -83,7 +89,11 @@ def from_timesformer(state: Mapping[str, Tensor]) -> Converted:
 
 def to_timesformer(state: Mapping[str, Tensor]) -> State:
     """Inverse of `from_timesformer`; the TIME heads, which that project has not, are left out."""
-    return {f"model.{key}": value for key, value in state.items() if not _TIME_HEAD.match(key)}
+    return {f"model.{key}": value for key, value in _without_time_heads(state).items()}
+
+
+def _without_time_heads(state: Mapping[str, Tensor]) -> State:
+    return {key: value for key, value in state.items() if not _TIME_HEAD.match(key)}
 
 
 _TIME_HEAD = re.compile(r"(temp_head|mlp_[qkv]|mlp_proj|mlp_norm|flow_head)\.")
@@ -141,8 +151,7 @@ def to_huggingface(state: Mapping[str, Tensor]) -> State:
     other = {ours: theirs for theirs, ours in _HF_OTHER.items()}
     return {
         _rename(key, "blocks.", "timesformer.encoder.layer.", layer, other): value
-        for key, value in state.items()
-        if not _TIME_HEAD.match(key)
+        for key, value in _without_time_heads(state).items()
     }
 
 
@@ -172,6 +181,14 @@ def from_xvit(state: Mapping[str, Tensor]) -> Converted:
         if name != key:
             out.how[name] = f"renamed from {key}"
     return out
+
+
+def to_xvit(state: Mapping[str, Tensor]) -> State:
+    """Inverse of `from_xvit`; the TIME heads, which that project has not, are left out."""
+    return {
+        key.replace("consensus.head.", "consensus.mlp_head.4."): value
+        for key, value in _without_time_heads(state).items()
+    }
 
 
 def from_imagenet(
@@ -385,3 +402,118 @@ def _table_size(
 def _some(state: Mapping[str, Any]) -> str:
     names = list(state)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# --to -> the backbones it holds, our state dict in its keys
+TARGETS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Tensor]], State]]] = {
+    "time": (("timesformer", "motionformer", "xvit"), dict),
+    "timesformer": (("timesformer",), to_timesformer),
+    "huggingface": (("timesformer",), to_huggingface),
+    "motionformer": (("motionformer",), _without_time_heads),
+    "xvit": (("xvit",), to_xvit),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m timefast.convert",
+        description="Bring a checkpoint of any known family into the form of this project, or of "
+        "another family.",
+        epilog="Families for --to: time, timesformer, motionformer and xvit write a file that "
+        "their own loaders read (.safetensors: the bare weights), huggingface writes a folder.",
+    )
+    parser.add_argument("source", type=Path, help="checkpoint file, run folder or HF folder")
+    parser.add_argument("dest", type=Path, help="file to write (a folder for huggingface)")
+    parser.add_argument("--to", choices=tuple(TARGETS), help="family (default: this project)")
+    parser.add_argument("--backbone", help="what an ImageNet ViT shall start")
+    parser.add_argument("--heads", type=int, help="attention heads, if their width is not 64")
+    parser.add_argument("--frames", type=int, help="input frames, if the weights do not tell")
+    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels")
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="accept missing and unexpected weights"
+    )
+    args = parser.parse_args(argv)
+    to_console()
+    told = {"heads": args.heads, "frames": args.frames, "image_size": args.image_size}
+    try:
+        write_converted(
+            args.source, args.dest, args.to, backbone=args.backbone, strict=not args.allow_missing,
+            **{name: value for name, value in told.items() if value is not None},
+        )  # fmt: skip
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_converted(source: Path, dest: Path, to: str | None, **options: Any) -> None:
+    """Read `source` with `load_model(source, **options)` and write it to `dest`.
+
+    Raises InputError if it cannot be read, if the family does not know the backbone, or if `dest`
+    exists.
+    """
+    from timefast.weights import describe, load_model
+
+    if dest.exists():
+        raise InputError(f"{dest} exists; nothing is overwritten, name another place")
+    model = load_model(source, **options)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if to is None:
+        if dest.suffix != ".safetensors":
+            raise InputError(f"{dest}: the form of this project is a .safetensors file")
+        _write_safetensors(dest, state, {"timefast": json.dumps(describe(model))})
+        return
+    backbones, convert = TARGETS[to]
+    if model.backbone not in backbones:
+        raise InputError(f"--to {to} holds {', '.join(backbones)}, but {source} a {model.backbone}")
+    foreign = convert(state)
+    if to == "huggingface":
+        files = {
+            "config.json": _huggingface_config(model.config, model.classes),
+            "preprocessor_config.json": {
+                "image_mean": model.normalisation["mean"],
+                "image_std": model.normalisation["std"],
+            },
+        }
+        dest.mkdir(parents=True)
+        for name, content in files.items():
+            (dest / name).write_text(json.dumps(content, indent=1), "utf-8")
+        _write_safetensors(dest / "model.safetensors", foreign, {"format": "pt"})
+    elif dest.suffix == ".safetensors":
+        _write_safetensors(dest, foreign, {"format": "pt"})
+    else:
+        torch.save({"model_state": foreign}, dest)
+
+
+def _write_safetensors(file: Path, state: State, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(state, file, metadata=metadata)
+
+
+def _huggingface_config(config: Mapping[str, Any], classes: list[str] | None) -> dict[str, Any]:
+    size = config["image_size"]
+    labels = classes or [f"LABEL_{i}" for i in range(config["num_classes"])]
+    if not isinstance(size, int) and size[0] != size[1]:
+        raise InputError(f"Hugging Face's TimeSformer is square; these weights are for {size}")
+    names = {"divided": "divided_space_time", "joint": "joint_space_time", "space": "space_only"}
+    return {
+        "architectures": ["TimesformerForVideoClassification"],
+        "model_type": "timesformer",
+        "attention_type": names[config["attention"]],
+        "image_size": size if isinstance(size, int) else size[0],
+        "patch_size": config["patch_size"],
+        "num_frames": config["frames"],
+        "hidden_size": config["dim"],
+        "num_hidden_layers": config["depth"],
+        "num_attention_heads": config["heads"],
+        "intermediate_size": int(config["dim"] * config["mlp_ratio"]),
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,6 +29,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from timefast.cache import cache_folder
 from timefast.errors import InputError
 from timefast.log import to_console
 
@@ -373,8 +374,7 @@ def _put(part: Path, root: Path, manifest: dict[str, Any]) -> None:
 
 def demo_data_folder() -> Path:
     """The demo data set in the user's cache folder, made when it is not there yet."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = write_demo_data(cache / "timefast" / f"demo-{VERSION}-seed0")
+    folder = write_demo_data(cache_folder() / f"demo-{VERSION}-seed0")
     logger.info("demo data: %s", folder)
     return folder
 

@@ -1,6 +1,7 @@
 """Videos that could not be used: named, classified, counted, bounded by a budget."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ class FailureLog:
     def __len__(self) -> int:
         return len(self._seen)
 
-    def add(self, failures: list[Failure]) -> list[Failure]:
+    def add(self, failures: Sequence[Failure]) -> list[Failure]:
         """Count these; returns those that are new. Raises InputError when the budget is spent."""
         new = [f for f in failures if f.path not in self._seen]
         for failure in failures:
-            entry = {"path": failure.path, "id": failure.id, "class": failure.kind}
-            entry |= {"reason": failure.reason, "count": 0}
-            self._seen.setdefault(failure.path, entry)["count"] += 1
+            entry = self._seen.setdefault(failure.path, {"path": failure.path, "count": 0})
+            entry |= {"id": failure.id, "class": failure.kind, "reason": failure.reason}
+            entry["count"] += 1
         if failures:
             self._write()
         if len(self._seen) > self.budget:

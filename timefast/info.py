@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from timefast import __version__
+from timefast.cache import cache_folder
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,6 @@ def collect() -> dict[str, Any]:
         "cache": str(cache_folder()),
         "impl_variable": os.environ.get("TIMEFAST_IMPL"),
     }
-
-
-def cache_folder() -> Path:
-    """Where data that can be made again is kept, such as the demo data set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timefast"
 
 
 def _package(package: Package) -> dict[str, Any]:

@@ -17,7 +17,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     The published code decays every tensor of more than one dimension, embeddings included,
     although its models list those as exempt.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         embedding = name.split(".")[-1] in EMBEDDINGS
         decay = parameter.ndim > 1 and (config.decay_embeddings or not embedding)

@@ -33,7 +33,7 @@ from timefast.kernels.op import OPS
 from timefast.log import JsonLines, read_json_lines, replace_json_lines, to_console
 from timefast.meter import Progress, Window
 from timefast.methods.time_ssl import TimeMethod
-from timefast.models import create_model
+from timefast.models import VideoTransformer, create_model
 from timefast.optim import build_optimizer, learning_rate
 from timefast.pipelines.loader import ClipLoader
 from timefast.recipes import RECIPES, get_recipe
@@ -180,10 +180,11 @@ class Trainer:
         self.step = self.epoch = self.batch = 0
         self.skipped_steps = 0
         self.failed_saves = 0
+        self.noticed: set[tuple[str, str]] = set()
         if resume:
             self._restore()
         if config.run.compile:
-            self.model.features = torch.compile(self.model.features)
+            self.model.features = torch.compile(self.model.features)  # type: ignore[method-assign]
 
         path = self.run_folder / "metrics.jsonl"
         past = [line for line in read_json_lines(path) if line["step"] <= self.step]
@@ -230,7 +231,7 @@ class Trainer:
         config, accumulate = self.config, self.config.optim.accumulate
         batches = self.loader.batches(self.epoch, self.batch)
         for index, batch in window.timed(enumerate(batches, self.batch)):
-            self._note_failures(batch.failures)
+            self._note_failures(batch.failures, batch.notices)
             first = index // accumulate * accumulate
             end = min(first + accumulate, self.batches_per_epoch)
             # the mean over all clips of a step, however they are spread over batches
@@ -377,7 +378,7 @@ class Trainer:
             autocast=self.autocast,
         )
         loader.close()
-        self._note_failures(list(predictions.failures))
+        self._note_failures(predictions.failures, predictions.notices)
         subsets = {"all": None, **self.validation.subsets}
         rows = {name: summarise(predictions, self.validation, y) for name, y in subsets.items()}
         for name, row in rows.items():
@@ -412,6 +413,7 @@ class Trainer:
             pipeline=config.data.pipeline,
             device=self.device,
             views=views,
+            max_bad_in_a_row=config.data.max_bad_in_a_row,
         )
 
     def _protocol(self, views: tuple[int, int]) -> str:
@@ -419,9 +421,14 @@ class Trainer:
             self.spec.frames, views, self.spec.crop, self.spec.test_short_side, "logits"
         )
 
-    def _note_failures(self, new: list[Failure]) -> None:
-        for failure in self.failures.add(new):
+    def _note_failures(self, failures: Sequence[Failure], notices: Sequence[Failure]) -> None:
+        """Say once what is wrong with a video; count those that cannot be used."""
+        for failure in self.failures.add(failures):
             logger.warning("not used: %s: %s, %s", failure.path, failure.kind, failure.reason)
+        for notice in notices:
+            if (notice.path, notice.kind) not in self.noticed:
+                self.noticed.add((notice.path, notice.kind))
+                logger.warning("used: %s: %s, %s", notice.path, notice.kind, notice.reason)
 
     def _implementations(self) -> dict[str, str]:
         """What each op that this run has called ran with."""
@@ -455,6 +462,7 @@ class Trainer:
             "versions": versions(),
             "git_commit": git_commit(),
             "device": device_name(self.device),
+            "total_steps": self.last_step,
             "precision": self.precision,
             "pipeline": self.loader.pipeline,
             "implementations": {},
@@ -479,7 +487,7 @@ def clip_spec(config: TrainConfig) -> ClipSpec:
     )
 
 
-def build_model(config: TrainConfig, classes: int) -> nn.Module:
+def build_model(config: TrainConfig, classes: int) -> VideoTransformer:
     """A new model with its initial weights; the seed decides every random value of it."""
     torch.manual_seed(torch_seed(config.run.seed, 0, 0, "initial weights"))
     fields = dataclasses.asdict(config.model)

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from timefast.checkpoint import list_checkpoints, newest_checkpoint, problem
+from timefast.checkpoint import FORMAT, list_checkpoints, newest_checkpoint, problem
 from timefast.convert import (
     FAMILIES,
     Converted,
@@ -76,6 +76,7 @@ class _Read:
     file: Path | None = None
     ours: dict[str, Any] | None = None  # description of a checkpoint of this project
     sizes: dict[str, Any] = field(default_factory=dict)  # from a config.json of Hugging Face
+    normalisation: dict[str, list[float]] | None = None  # from a preprocessor_config.json
 
 
 def load_model(
@@ -128,7 +129,7 @@ def load_model(
             fit_tables(converted, {**keywords(backbone), **full}, {**keywords(backbone), **sizes})
         model = create_model(backbone, **full)
         _drop_other_heads(converted, model, sizes, full)
-    model.normalisation = {"mean": [mean] * 3, "std": [std] * 3}
+    model.normalisation = read.normalisation or {"mean": [mean] * 3, "std": [std] * 3}
     _apply(model, converted, LoadReport(read.name, family, _sha256(read.file)))
     _account(model, strict)
     return model
@@ -164,6 +165,16 @@ def load_imagenet(model: VideoTransformer, source: str | Path = "imagenet") -> L
     return report
 
 
+def describe(model: VideoTransformer) -> dict[str, Any]:
+    """What a checkpoint of this project says about its weights, JSON-able."""
+    return {
+        "format": FORMAT,
+        "config": model.config,
+        "classes": model.classes,
+        "normalisation": model.normalisation,
+    }
+
+
 # ---- reading
 
 
@@ -173,42 +184,59 @@ def _read(source: str | Path | Mapping[str, Any]) -> _Read:
     path = Path(source)
     if not path.exists():
         raise InputError(f"{path}: there is no such file or folder to load a model from")
-    sizes: dict[str, Any] = {}
+    read = _Read({}, str(path), path)
     if path.is_dir():
-        path, sizes = _file_in(path)
+        read.file = path = _file_in(path)
+        read.name = str(path)
+        if (path.parent / "config.json").exists():
+            read.sizes = _huggingface_sizes(path.parent / "config.json")
+            read.normalisation = _huggingface_normalisation(path.parent)
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
-        ours = json.loads(metadata["timefast"]) if "timefast" in metadata else None
-        return _Read(_state_of(tensors, str(path)), str(path), path, ours, sizes)
-    return _Read(_state_of(_read_pickle(path), str(path)), str(path), path, None, sizes)
+        read.state = _state_of(tensors, read.name)
+        read.ours = json.loads(metadata["timefast"]) if "timefast" in metadata else None
+    else:
+        read.state = _state_of(_read_pickle(path), read.name)
+    return read
 
 
-def _file_in(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of weights in a run, checkpoint or Hugging Face folder, and the sizes beside it."""
+def _file_in(folder: Path) -> Path:
+    """The file of weights in a run, checkpoint or Hugging Face folder."""
     if list_checkpoints(folder):
         newest = newest_checkpoint(folder)
         assert newest is not None  # it raises if all are damaged
-        return newest / "model.safetensors", {}
+        return newest / "model.safetensors"
     if (folder / "index.json").exists():
         wrong = problem(folder)
         if wrong is not None:
             raise InputError(f"checkpoint {folder} is damaged: {wrong}")
-        return folder / "model.safetensors", {}
+        return folder / "model.safetensors"
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
-            config = folder / "config.json"
-            return folder / name, _huggingface_sizes(config) if config.exists() else {}
+            return folder / name
     raise InputError(
         f"{folder} holds no complete checkpoint: expected checkpoints/step-<n>/index.json (a run), "
         "or model.safetensors or pytorch_model.bin with a config.json (Hugging Face)"
     )
 
 
-def _huggingface_sizes(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text("utf-8"))
+        return json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise InputError(f"{file} is not JSON ({error})") from error
+
+
+def _huggingface_normalisation(folder: Path) -> dict[str, list[float]] | None:
+    file = folder / "preprocessor_config.json"
+    config = _read_json(file) if file.exists() else {}
+    if "image_mean" not in config or "image_std" not in config:
+        return None
+    return {"mean": config["image_mean"], "std": config["image_std"]}
+
+
+def _huggingface_sizes(file: Path) -> dict[str, Any]:
+    config = _read_json(file)
     if config.get("model_type") != "timesformer":
         raise InputError(
             f"{file}: expected model_type timesformer, got {config.get('model_type')!r}"

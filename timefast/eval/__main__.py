@@ -133,8 +133,10 @@ def _as_trained(source: Path, model: Any) -> tuple[ClipSpec, tuple[int, int], Pa
     if run is not None:
         stored = json.loads((run / "config.json").read_text("utf-8"))
         if "clip" in stored:
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["clip"].items()}
-            spec = ClipSpec(**{**values, "flow_rule": None, "flow_tau": None})
+            clip: dict[str, Any] = {}
+            for key, value in stored["clip"].items():
+                clip[key] = tuple(value) if isinstance(value, list) else value
+            spec = dataclasses.replace(ClipSpec(**clip), flow_rule=None, flow_tau=None)
             return (
                 spec,
                 tuple(stored["config"]["run"]["views"]),

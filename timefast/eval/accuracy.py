@@ -25,7 +25,8 @@ class Predictions:
     label: torch.Tensor  # int64 [n]
     original: torch.Tensor  # float32 [n, K]
     shuffled: torch.Tensor  # float32 [draws, n, K], each draw another frame order per video
-    failures: tuple[Failure, ...]
+    failures: tuple[Failure, ...] = ()
+    notices: tuple[Failure, ...] = ()  # videos in the numbers, but short or with equal views
 
 
 def predict(
@@ -47,12 +48,13 @@ def predict(
     """
     was_training = model.training
     model.eval()
-    samples, labels, originals, failures = [], [], [], []
+    samples, labels, originals, failures, notices = [], [], [], [], []
     shuffled: list[list[torch.Tensor]] = [[] for _ in range(draws)]
     try:
         with torch.inference_mode():
             for batch in batches:
                 failures += batch.failures
+                notices += batch.notices
                 if not len(batch.label):
                     continue
                 batch = batch.to(device)
@@ -89,6 +91,7 @@ def predict(
         if draws
         else none.new_zeros(0, *none.shape),
         failures=tuple(failures),
+        notices=tuple(notices),
     )
 
 

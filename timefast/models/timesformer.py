@@ -72,10 +72,15 @@ class DividedBlock(nn.Module):
         """Each patch position over its own frames; the class token takes no part."""
         B, _, N, _ = x.shape
         q, k, v = self.temporal_attn.split(self.temporal_norm1(x))  # [B, T, N, H, D]
-        out = self.temporal_attn.merge(ops.time_attention(q, k, v, impl=self.impl))
+        out = ops.time_attention(q, k, v, impl=self.impl).flatten(-2)  # [B, T, N, C]
+        # temporal_fc follows the output projection with nothing but a drop in between, so the two
+        # are one matrix: W_fc m (W o + b) + b_fc = m (W_fc W) o + m W_fc b + b_fc
+        proj, fc = self.temporal_attn.proj, self.temporal_fc
+        weight, bias = fc.weight @ proj.weight, fc.weight @ proj.bias
         position = keep_scale(self, (B, 1, N, 1), x)  # one draw per clip and patch position
-        # the drop acts before temporal_fc, so the bias of temporal_fc survives it
-        return self.temporal_fc(out if position is None else position * out)
+        if position is None:
+            return F.linear(out, weight, bias + fc.bias)
+        return position * F.linear(out, weight, bias) + fc.bias  # the bias of fc survives a drop
 
     def space_step(self, cls: Tensor, x: Tensor, cls_only: bool) -> tuple[Tensor, Tensor | None]:
         """Each frame's patches and the class token within the frame; the class token's T answers

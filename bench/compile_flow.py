@@ -1,8 +1,8 @@
-"""Registers, spills and shared memory of Triton kernels, for GPUs that need not be here.
+"""Registers, spills and shared memory of the flow kernels, for GPUs that need not be here.
 
-    python bench/kernel_resources.py                  # a Markdown table of the flow kernels
-    python bench/kernel_resources.py --json --cc 80   # one JSON object per variant
-    python bench/kernel_resources.py --json --one     # one variant per kernel: a quick look
+    python -m bench.compile_flow                  # the table of docs/kernels/farneback.md
+    python -m bench.compile_flow --json --cc 80   # one JSON object per variant
+    python -m bench.compile_flow --json --one     # one variant per kernel: a quick look
 
 A launcher runs on CPU tensors while its launches are recorded instead of started; each variant of
 the arguments (constants, dtypes, divisibility) is then compiled for the target and its machine code
@@ -12,11 +12,7 @@ TRITON_INTERPRET, since an interpreting Triton cannot compile.
 
 import argparse
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from bench.compile_table import _resources
 
 DTYPES = {
     torch.float32: "fp32",
@@ -89,21 +87,6 @@ def compiled(kernel: JITFunction, launch: dict[str, Any], cc: int) -> dict[str, 
     )
     target = GPUTarget("cuda", cc, 32)
     result = triton.compile(source, target=target, options=launch["options"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(result.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run(
-                [tool, option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
-
-    def used(what: str) -> int:
-        found = re.search(what + r":(\d+)", usage)
-        return int(found[1]) if found else 0
-
     constants = launch["constants"].items()
     return {
         "kernel": kernel.__name__,
@@ -113,9 +96,7 @@ def compiled(kernel: JITFunction, launch: dict[str, Any], cc: int) -> dict[str, 
         "divisible": [n for n in launch["divisible"] if launch["signature"][n] == "i32"],
         "cc": cc,
         "warps": launch["options"].get("num_warps", 4),
-        "registers": used("REG"),
-        "stack": used("STACK"),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        **_resources(result.asm["cubin"]),
         "shared": result.metadata.shared,
     }
 

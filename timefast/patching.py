@@ -64,9 +64,10 @@ def patch(model: nn.Module, *, impl: str = "auto") -> nn.Module:
         raise ValueError("timefast.patch cannot replace:\n" + "\n".join(problems))
     if not known:
         seen = f"; attention of unknown form: {', '.join(others)}" if others else ""
+        forms = "; ".join(kind.name for kind in _KINDS)
         raise ValueError(
-            f"timefast.patch recognises no attention in this {type(model).__name__}{seen}. It knows "
-            + "; ".join(kind.name for kind in _KINDS)
+            f"timefast.patch recognises no attention in this {type(model).__name__}{seen}. "
+            f"It knows {forms}"
         )
     for module, _, replacement in found.values():
         module.forward = replacement  # type: ignore[method-assign]
@@ -84,11 +85,11 @@ class _Kind:
     """One form of attention of another project."""
 
     name: str
-    has_parts: Callable[[nn.Module], bool]
-    dropouts: Callable[[nn.Module], list[nn.Module]]  # those the ops leave out
+    has_parts: Callable[[Any], bool]
+    dropouts: Callable[[Any], list[nn.Module]]  # those the ops leave out
     arguments: tuple[str, ...]  # of the forward that is replaced
     forwards: tuple[Callable[..., Any], ...]  # (module, ..., impl=); the first that agrees
-    sample: Callable[[nn.Module], tuple[tuple[int, ...], dict[str, Any]]]  # shape, other arguments
+    sample: Callable[[Any], tuple[tuple[int, ...], dict[str, Any]]]  # shape, other arguments
 
 
 def _replacement(
@@ -145,7 +146,7 @@ class _DividedParts:
     time_fc: nn.Module
     norm: nn.Module
     qkv: nn.Module
-    proj: nn.Module
+    proj: nn.Linear
     drop_path: nn.Module
     mlp: Callable[[Tensor], Tensor]  # with its norm
     heads: int
@@ -275,8 +276,9 @@ def _trajectory_forward(
         )
     qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))  # [B, 1+T*N, 3, H, D]
     q, k, v = qkv[:, 1:].unflatten(1, (num_frames, seq_len)).unbind(3)
+    cls_q, cls_k, cls_v = qkv[:, 0].unbind(1)
     out, cls_out = ops.trajectory_attention(
-        q, k, v, *qkv[:, 0].unbind(1),
+        q, k, v, cls_q, cls_k, cls_v,
         attn.proj_q.weight, attn.proj_q.bias, attn.proj_kv.weight, attn.proj_kv.bias,
         values="trajectory" if attn.use_original_code else "projected",
         scale=attn.scale, impl=impl,
