@@ -55,48 +55,57 @@ def _mirror(i, size):
 
 
 @triton.jit
+def _tile(height, width, TILE_ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Program id -> (plane number, rows [TILE_ROWS, 1], columns [1, COLS])."""
+    tiles_x = tl.cdiv(width, COLS)
+    tiles = tiles_x * tl.cdiv(height, TILE_ROWS)
+    tile = tl.program_id(0) % tiles
+    y = (tile // tiles_x) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
+    x = (tile % tiles_x) * COLS + tl.arange(0, COLS)[None, :]
+    return (tl.program_id(0) // tiles).to(tl.int64), y, x
+
+
+@triton.jit
 def _shrink_kernel(
     source_ptr,
-    out_ptr,
+    out_ptr,  # [F, height, width]
     stride_clip,
     stride_frame,
     stride_channel,
-    stride_along,
-    stride_across,
+    stride_y,
+    stride_x,
     frames_per_clip,
-    old_size,  # along the blurred axis
-    new_size,
-    across_size,
-    out_stride_along,
-    out_stride_across,
+    old_size,  # of the source along the blurred axis
+    height,
+    width,
     red,
     green,
     blue,
     offset,
     TAPS: tl.constexpr,
+    VERTICAL: tl.constexpr,
     COLOURS: tl.constexpr,
     RESIZE: tl.constexpr,
-    ALONG: tl.constexpr,
-    ACROSS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     """Grey, Gaussian blur along one axis with a mirrored border, bilinear samples of the result."""
-    across_tiles = tl.cdiv(across_size, ACROSS)
-    along_tiles = tl.cdiv(new_size, ALONG)
-    tile = tl.program_id(0) % (across_tiles * along_tiles)
-    frame = (tl.program_id(0) // (across_tiles * along_tiles)).to(tl.int64)
-    along = (tile // across_tiles) * ALONG + tl.arange(0, ALONG)[:, None]
-    across = (tile % across_tiles) * ACROSS + tl.arange(0, ACROSS)[None, :]
-    mask = (along < new_size) & (across < across_size)
-
+    frame, y, x = _tile(height, width, TILE_ROWS, COLS)
+    mask = (y < height) & (x < width)
     source_ptr += frame // frames_per_clip * stride_clip + frame % frames_per_clip * stride_frame
-    source_ptrs = source_ptr + across.to(tl.int64) * stride_across
-    if RESIZE:
-        low, fraction = _source_position(along, old_size, new_size)
+    if VERTICAL:
+        at, new_size, stride_along = y, height, stride_y
+        source_ptrs = source_ptr + x.to(tl.int64) * stride_x
     else:
-        low, fraction = along, 0.0
+        at, new_size, stride_along = x, width, stride_x
+        source_ptrs = source_ptr + y.to(tl.int64) * stride_y
+    if RESIZE:
+        low, fraction = _source_position(at, old_size, new_size)
+    else:
+        low, fraction = at, 0.0
     radius: tl.constexpr = len(TAPS) // 2
-    here = tl.zeros([ALONG, ACROSS], tl.float32)  # blurred at low, and at low + 1
-    beside = tl.zeros([ALONG, ACROSS], tl.float32)
+    here = tl.zeros([TILE_ROWS, COLS], tl.float32)  # blurred at low, and at low + 1
+    beside = tl.zeros([TILE_ROWS, COLS], tl.float32)
     for j in tl.static_range(len(TAPS) + RESIZE):
         ptrs = source_ptrs + _mirror(low + (j - radius), old_size).to(tl.int64) * stride_along
         value = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -110,19 +119,7 @@ def _shrink_kernel(
             beside += TAPS[j - 1] * value
     if RESIZE:
         here = here + fraction * (beside - here)
-    out_ptrs = out_ptr + frame * new_size * across_size
-    tl.store(out_ptrs + along * out_stride_along + across * out_stride_across, here, mask=mask)
-
-
-@triton.jit
-def _tile(height, width, TILE_ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Program id -> (plane number, rows [TILE_ROWS, 1], columns [1, COLS])."""
-    tiles_x = tl.cdiv(width, COLS)
-    tiles = tiles_x * tl.cdiv(height, TILE_ROWS)
-    tile = tl.program_id(0) % tiles
-    y = (tile // tiles_x) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
-    x = (tile % tiles_x) * COLS + tl.arange(0, COLS)[None, :]
-    return (tl.program_id(0) // tiles).to(tl.int64), y, x
+    tl.store(out_ptr + frame * height * width + y * width + x, here, mask=mask)
 
 
 @triton.jit
@@ -484,6 +481,7 @@ def _shrunk(
     """Blurred and sampled grey frames [F, height, width] of a video [B, 1 or 3, T, ., .]."""
     clips, colours, frames_per_clip, old_height, old_width = video.shape
     frames = clips * frames_per_clip
+    constants: dict[str, Any] = {"TAPS": taps, "TILE_ROWS": TILE_ROWS, "COLS": COLS}
     options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
     rows = video.new_empty((frames, height, old_width), dtype=torch.float32)
     _shrink_kernel[(frames * _tiles(height, old_width, TILE_ROWS),)](
@@ -494,37 +492,27 @@ def _shrunk(
         old_height,
         height,
         old_width,
-        old_width,
-        1,
         *channels,
-        TAPS=taps,
+        VERTICAL=True,
         COLOURS=colours == 3,
         RESIZE=height != old_height,
-        ALONG=TILE_ROWS,
-        ACROSS=COLS,
+        **constants,
         **options,
     )
     out = rows.new_empty((frames, height, width))
     _shrink_kernel[(frames * _tiles(height, width, TILE_ROWS),)](
         rows,
         out,
-        height * old_width,
-        0,
-        0,
+        *(rows.stride(0), 0, 0, rows.stride(1), 1),  # each frame as a clip of its own
         1,
         old_width,
-        1,
-        old_width,
-        width,
         height,
-        1,
         width,
         *channels,
-        TAPS=taps,
+        VERTICAL=False,
         COLOURS=False,
         RESIZE=width != old_width,
-        ALONG=COLS,
-        ACROSS=TILE_ROWS,
+        **constants,
         **options,
     )
     return out

@@ -207,9 +207,8 @@ def from_imagenet(
     prefix = "base_model." if backbone == "xvit" else ""
     for key, value in square_patches(state).items():
         name = prefix + key
-        if key.startswith("head.") and (
-            name not in shapes or tuple(shapes[name]) != tuple(value.shape)
-        ):
+        fits = name in shapes and tuple(shapes[name]) == tuple(value.shape)
+        if key.startswith(("head.", "pre_logits.")) and not fits:
             out.unused[key] = "the classifier of another set of classes"
             continue
         if key == "pos_embed" and name in shapes and shapes[name][1] != value.shape[1]:

@@ -31,7 +31,6 @@ from timefast.convert import (
 )
 from timefast.errors import InputError
 from timefast.models import VideoTransformer, create_model, keywords
-from timefast.models.vit import grid_of
 
 logger = logging.getLogger("timefast")
 
@@ -364,8 +363,7 @@ def _create_for_image_model(read: _Read, backbone: str, config: dict[str, Any]) 
 
 def _convert_imagenet(state: dict[str, Tensor], model: VideoTransformer) -> Converted:
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    size = model.config.get("table_size") or model.config["image_size"]
-    return from_imagenet(state, model.backbone, shapes, grid_of(size, model.config["patch_size"]))
+    return from_imagenet(state, model.backbone, shapes, model.grid)
 
 
 def _with_heads(config: dict[str, Any], name: str) -> dict[str, Any]:

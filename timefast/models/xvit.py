@@ -188,6 +188,7 @@ class XViT(VideoTransformer):
     ):
         super().__init__(num_classes, frames, impl)
         self.segments = shift_segments or frames
+        self.grid = grid_of(table_size or table_size_of(image_size, patch_size), patch_size)
         shifted = range(depth) if shift_blocks is None else shift_blocks
         rates = drop_path_rates(drop_path, depth)
         divs = [shift_div if i in shifted else None for i in range(depth)]
@@ -198,7 +199,7 @@ class XViT(VideoTransformer):
             ],
             dim,
             patch_size,
-            grid_of(table_size or table_size_of(image_size, patch_size), patch_size),
+            self.grid,
             embed_frames or min(frames, EMBED_FRAMES),
             pre_logits,
             time_embed_every_block,
