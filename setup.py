@@ -21,7 +21,7 @@ setup(
         "triton>=3.6",
         "numpy",
         "einops",
-        "av>=14",
+        "av>=18",
         "opencv-python-headless",
         "pillow",
         "safetensors",

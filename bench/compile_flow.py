@@ -62,7 +62,8 @@ def launches(run: Callable[[], Any]) -> list[tuple[JITFunction, dict[str, Any]]]
 def _specialise(launch: dict[str, Any], parameter: Any, value: Any) -> None:
     """As Triton's launcher does: 1 is a constant, multiples of 16 are known as such."""
     name = parameter.name
-    if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+    special = isinstance(value, int) and not parameter.do_not_specialize
+    if parameter.is_constexpr or (special and value == 1):
         launch["signature"][name] = "constexpr"
         launch["constants"][name] = value
     elif isinstance(value, torch.Tensor):
@@ -72,7 +73,7 @@ def _specialise(launch: dict[str, Any], parameter: Any, value: Any) -> None:
         launch["signature"][name] = "fp32"
     else:
         launch["signature"][name] = "i32" if abs(value) < 2**31 else "i64"
-        if value % 16 == 0:
+        if special and value % 16 == 0:
             launch["divisible"].append(name)
 
 

@@ -31,9 +31,7 @@ FEATURES = {
     "128-bit loads": r"\bld\.global(\.\w+(::\w+)?)*\.v4\.b32|\bcp\.async\.cg",
     "atomics": r"\b(red|atom)\.global",
 }
-FLOAT32 = {"cls_out_ptr", "lse_ptr", "delta_ptr", "grad_cls_ptr"} | {
-    f"cls_d{x}_ptr" for x in "qkv"
-}
+FLOAT32 = {"cls_out_ptr", "lse_ptr", "delta_ptr", "grad_cls_ptr"} | {f"cls_d{x}_ptr" for x in "qkv"}
 
 Variant = dict[str, Any]
 
@@ -130,7 +128,9 @@ def main() -> None:
     parser.add_argument("--few", action="store_true", help="only the paper's shapes, to stdout")
     few = parser.parse_args().few
     if os.environ.pop("TRITON_INTERPRET", None):
-        sys.exit("bench.compile_table: unset TRITON_INTERPRET; an interpreting process cannot compile")
+        sys.exit(
+            "bench.compile_table: unset TRITON_INTERPRET; an interpreting process cannot compile"
+        )
     todo = list(variants(few))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(compiled, todo))

@@ -13,6 +13,7 @@ strided views, in particular slices of one fused qkv projection: the Triton kern
 frame. docs/kernels/divided_attention.md has derivation and tiling.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ from timefast.kernels.op import (
     triton_unavailable,
     why_not_triton,
 )
+
+_HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
 
 
 @in_float32
@@ -97,6 +100,46 @@ def space_attention_cpu(
         both = both.unflatten(0, frames)  # [B, T, S, H, D]
         out, cls_frames = both[:, :, 1:], both[:, :, 0]
     return out, _over_frames(cls_frames, frame_weight).to(q.dtype)
+
+
+def space_attention_xformers(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor,
+    cls_k: Tensor,
+    cls_v: Tensor,
+    *,
+    frame_weight: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from xformers.ops import memory_efficient_attention
+
+    frames = q.shape[:2]
+    tokens = (_with_class(*pair) for pair in ((q, cls_q), (k, cls_k), (v, cls_v)))
+    q, k, v = (x.flatten(0, 1) for x in tokens)  # [B*T, S, H, D]
+    both = memory_efficient_attention(q, k, v, scale=scale).unflatten(0, frames)
+    return both[:, :, 1:], _over_frames(both[:, :, 0].float(), frame_weight).to(q.dtype)
+
+
+def _no_xformers() -> list[str]:
+    if not _HAS_XFORMERS:
+        return ["xformers is not installed; `pip install xformers` provides it"]
+    return [] if torch.cuda.is_available() else ["torch sees no CUDA device"]
+
+
+def _why_not_xformers(q: Tensor, *others: Tensor, **kwargs: Any) -> list[str]:
+    reasons = []
+    if q.device.type != "cuda":
+        reasons.append(f"q is on {q.device}; xformers takes CUDA")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"q is {q.dtype}; xformers takes float16, bfloat16, float32")
+    if q.shape[-1] % 8:
+        reasons.append(f"heads are {q.shape[-1]} wide; xformers takes multiples of 8")
+    sequences = q.shape[0] * q.shape[1]
+    if not 0 < sequences <= 65_535:
+        reasons.append(f"there are {sequences} frames in all; xformers takes 1 to 65,535")
+    return reasons
 
 
 def _by_matmul(q: Tensor, length: int) -> bool:
@@ -252,6 +295,7 @@ SPACE_ATTENTION = register(
                 _space_triton, _why_not_space_triton, triton_unavailable, auto=("cuda",)
             ),
             "cpu": Impl(space_attention_cpu),
+            "xformers": Impl(space_attention_xformers, _why_not_xformers, _no_xformers, auto=()),
         },
         cases=(
             _space_case("tiny-odd", 2, 3, 5, 2, 16),

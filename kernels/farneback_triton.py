@@ -156,7 +156,9 @@ def _expand_rows_kernel(
     tl.store(out_ptrs + 2 * plane, second, mask=mask)
 
 
-@triton.jit
+# Were the width known to be a multiple of 16, the stores would be vectors of four columns a thread,
+# and each shifted load of a warp would touch four times the cache lines.
+@triton.jit(do_not_specialize=["height", "width"])
 def _expand_columns_kernel(
     sums_ptr,  # [F, 3, height, width]
     out_ptr,  # [F, 5, height, width]: coefficients of y, x, yy, xx, xy

@@ -131,7 +131,7 @@ class Op:
     reference: Callable[..., Any]
     impls: dict[str, Impl]
     cases: tuple[Case, ...] = ()
-    chosen: dict[str, str] = field(default_factory=dict)  # device type -> what "auto" last chose
+    chosen: dict[str, str] = field(default_factory=dict)  # device type -> what it last ran with
 
     def all_impls(self) -> dict[str, Impl]:
         return {**self.impls, "reference": Impl(self.reference)}
@@ -150,6 +150,12 @@ def implementations(name: str) -> dict[str, list[str]]:
     if name not in OPS:
         raise ValueError(f"unknown op {name!r}; there are {', '.join(sorted(OPS))}")
     return {key: impl.unavailable() for key, impl in OPS[name].all_impls().items()}
+
+
+def first_choice(name: str, device: str) -> str:
+    """What "auto" takes on a device type, unless the inputs speak against it."""
+    impls = OPS[name].all_impls().items()
+    return next(key for key, i in impls if device in i.auto and not i.unavailable())
 
 
 def describe(*args: Any, **kwargs: Any) -> str:
@@ -182,6 +188,8 @@ def dispatch(op: Op, impl: str, *args: Any, **kwargs: Any) -> Any:
         reasons = _reasons(impls[impl], args, kwargs)
         if reasons:
             raise NotImplementedError(_refusal(op, {impl: reasons}, args, kwargs))
+        if not torch.compiler.is_compiling():
+            op.chosen[device] = impl
         return impls[impl].run(*args, **kwargs)
 
     refused: dict[str, list[str]] = {}
@@ -211,4 +219,4 @@ def _say(op: Op, device: str, name: str, refused: dict[str, list[str]]) -> None:
         because = "; ".join(f"{k}: {r}" for k, rs in refused.items() for r in rs)
         logger.warning("%s runs the slow reference on a CUDA tensor (%s)", op.name, because)
     else:
-        logger.debug("%s: impl %s on %s", op.name, name, device)
+        logger.info("%s: implementation %s on %s", op.name, name, device)

@@ -656,7 +656,7 @@ def trajectory_attention_backward_op(
     dlse = weights * (torch.einsum("bhd,bthd->bht", g, x[:, -1].float()) - delta)
     dx[:, -1] = torch.einsum("bht,bhd->bthd", weights, g)
 
-    cls_dq = torch.empty_like(fq)
+    cls_dq = fq.new_empty(fq.shape)
     delta = torch.empty_like(lse)
     inputs = (q, k, v, cls_q)
     sizes = (*_strides(*inputs), frames, patches, heads, scale, scale * LOG2_E)

@@ -77,7 +77,7 @@ class ClipLoader:
         self.batch_size = batch_size
         self._train = train
         self.device = torch.device(device)
-        self.pipeline = _choose(pipeline)
+        self.pipeline = _choose(pipeline, train)
         cores = len(os.sched_getaffinity(0))
         if workers is None:
             # on a CPU the model needs cores as well
@@ -307,7 +307,7 @@ def _check(spec: ClipSpec, batch_size: int, views: tuple[int, int], train: bool)
         parse_rand_augment(spec.rand_augment)
 
 
-def _choose(pipeline: str) -> str:
+def _choose(pipeline: str, train: bool) -> str:
     """The name of the pipeline that decodes; NotImplementedError with reasons if it cannot."""
     if pipeline not in ("auto", "cpu", "dali"):
         raise ValueError(f"pipeline: expected auto, cpu or dali, got {pipeline!r}")
@@ -317,7 +317,7 @@ def _choose(pipeline: str) -> str:
             f"pipeline dali cannot run: {'; '.join(why_not_dali)}. Use --pipeline cpu"
         )
     chosen = cpu_decode.NAME
-    if pipeline == "auto":
+    if pipeline == "auto" and train:
         logger.info("pipeline: %s; not dali: %s", chosen, "; ".join(why_not_dali))
     return chosen
 

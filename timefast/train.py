@@ -29,7 +29,7 @@ from timefast.device import autocast_for, device_name, pick_device, share_cores_
 from timefast.errors import InputError, RunError
 from timefast.eval.accuracy import predict, protocol, summarise, table
 from timefast.failures import FailureLog
-from timefast.kernels.op import OPS
+from timefast.kernels.op import OPS, first_choice
 from timefast.log import JsonLines, read_json_lines, replace_json_lines, to_console
 from timefast.meter import Progress, Window
 from timefast.methods.time_ssl import TimeMethod
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = resolve(args.recipe, args.resume, given_flags(args))
         with Interrupt() as interrupt:
             return Trainer(config, interrupt, resume=args.resume).run()
-    except InputError as error:
+    except (InputError, NotImplementedError) as error:  # the latter: an --impl that cannot run
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RunError, torch.OutOfMemoryError) as error:
@@ -141,6 +141,9 @@ class Trainer:
 
             config = config.replace({("data", "root"): demo_data_folder()})
         assert config.data.root is not None and config.run.out is not None
+        known = {"auto"}.union(*(op.all_impls() for op in OPS.values()))
+        if config.run.impl not in known:
+            raise InputError(f"--impl {config.run.impl}: expected {', '.join(sorted(known))}")
         self.config = config
         self.interrupt = interrupt
         self.device = pick_device(config.run.device)
@@ -431,9 +434,12 @@ class Trainer:
                 logger.warning("used: %s: %s, %s", notice.path, notice.kind, notice.reason)
 
     def _implementations(self) -> dict[str, str]:
-        """What each op that this run has called ran with."""
-        used = {name: op.chosen.get(self.device.type) for name, op in OPS.items()}
-        return {name: impl for name, impl in used.items() if impl is not None}
+        """What each op of this run uses."""
+        device = self.device.type
+        used = {name: op.chosen[device] for name, op in OPS.items() if device in op.chosen}
+        if self.spec.flow_rule is not None:  # decoding processes compute these on a CPU
+            used |= {name: first_choice(name, device) for name in ("farneback", "flow_labels")}
+        return used
 
     def _describe(self) -> dict[str, Any]:
         """The content of config.json; the first lines on the console say the same."""

@@ -303,11 +303,14 @@ def _find_imagenet(source: str | Path) -> tuple[Path, str]:
     name = name if "/" in name else f"timm/{name}"
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging as hub_logging
 
     try:
         return Path(hf_hub_download(name, "model.safetensors", local_files_only=True)), name
     except (LocalEntryNotFoundError, HFValidationError):
         logger.info("fetching initial weights %s", name)
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # its retries would bury the one line below
     try:
         return Path(hf_hub_download(name, "model.safetensors")), name
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -316,6 +319,8 @@ def _find_imagenet(source: str | Path) -> tuple[Path, str]:
             f"({type(error).__name__}); check the name and the network, or give a local file with "
             "timm's keys, or start from nothing"
         ) from error
+    finally:
+        hub_logging.set_verbosity(verbosity)
 
 
 def _sha256(file: Path | None) -> str | None:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         to_console()
         return evaluate(args)
-    except InputError as error:
+    except (InputError, NotImplementedError) as error:  # the latter: an --impl that cannot run
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -1,0 +1,172 @@
+"""Every attention op in each implementation, beside what else one could use: the form of the
+published code (permute, keep the probabilities), SDPA with the permutes it needs, xformers, and
+torch.compile of the reference. Forward, backward and both; on a GPU the paper's shapes in bfloat16,
+without one mid sizes in float32.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.conftest import LIMITS, ON_GPU
+from timefast import ops
+from timefast.kernels.op import OPS, Case
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+NOT_ATTENTION = ("farneback", "flow_labels")  # bench_flow measures those
+Op = Callable[..., Any]
+
+
+def _by_position(x: Tensor) -> Tensor:
+    clips, frames, patches, heads, width = x.shape
+    return x.permute(0, 2, 3, 1, 4).reshape(clips * patches, heads, frames, width)
+
+
+def _time(attention: Op, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Around an attention of [sequences, H, T, D]: one sequence per clip and position."""
+    out = attention(*(_by_position(x) for x in (q, k, v)))
+    return out.unflatten(0, (q.shape[0], q.shape[2])).permute(0, 3, 1, 2, 4)
+
+
+def _space(attention: Op, *tokens: Tensor, frame_weight: None = None) -> tuple[Tensor, Tensor]:
+    """Around an attention of [sequences, H, S, D]: one sequence per frame, class token repeated."""
+    frames = tokens[0].shape[:2]
+    with_class = (
+        torch.cat([cls[:, None, None].expand(-1, frames[1], -1, -1, -1), x], 2)
+        for x, cls in zip(tokens[:3], tokens[3:], strict=True)
+    )
+    out = attention(*(x.flatten(0, 1).transpose(1, 2) for x in with_class))
+    out = out.transpose(1, 2).unflatten(0, frames)
+    return out[:, :, 1:], out[:, :, 0].mean(1)
+
+
+def _materialised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return memory_efficient_attention(q, k, v).transpose(1, 2)
+
+
+FORMS = {
+    "published": _materialised,
+    "sdpa": F.scaled_dot_product_attention,
+    "xformers": _xformers,
+}
+AROUND = {
+    "time_attention": _time,
+    "space_attention": _space,
+    "pairwise_attention": lambda attention, *tokens: attention(*tokens),
+}
+
+
+@functools.cache
+def _compiled_reference(name: str) -> Op:
+    return torch.compile(functools.partial(getattr(ops, name), impl="reference"))
+
+
+def _function(name: str, impl: str) -> Op:
+    if impl == "compiled reference":
+        return _compiled_reference(name)
+    if impl in FORMS:
+        return functools.partial(AROUND[name], FORMS[impl])
+    return functools.partial(getattr(ops, name), impl=impl)
+
+
+def _points() -> Iterator[Any]:
+    for name, op in OPS.items():
+        if name in NOT_ATTENTION:
+            continue
+        impls = [*op.impls, "reference", "compiled reference"]
+        impls += [form for form in FORMS if name in AROUND and form not in impls]
+        for case in op.cases:
+            if case.size == ("paper" if ON_GPU else "mid"):
+                for impl in impls:
+                    yield pytest.param(name, case, impl, id=f"{name}-{case.name}-{impl}")
+
+
+def _why_skip(name: str, impl: str) -> str:
+    if impl == "triton" and not ON_GPU:
+        return "the interpreter's time means nothing"
+    known = ops.implementations(name)
+    if impl in known:
+        return "; ".join(known[impl])
+    if impl == "xformers":
+        return "; ".join(ops.implementations("space_attention")["xformers"])
+    return ""
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd", "fwd+bwd"])
+@pytest.mark.parametrize("name, case, impl", list(_points()))
+def bench_attention(
+    measure: Callable[..., None], name: str, case: Case, impl: str, direction: str
+) -> None:
+    if reason := _why_skip(name, impl):
+        pytest.skip(reason)
+    args, kwargs = case.build(DTYPE, DEVICE, torch.Generator().manual_seed(0))
+    inputs = [x.detach().requires_grad_() for x in args]
+    function = _function(name, impl)
+
+    def forward() -> tuple[Tensor, ...]:
+        out = function(*inputs, **kwargs)
+        return out if isinstance(out, tuple) else (out,)
+
+    outputs = forward()
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator).to(DEVICE, DTYPE) for x in outputs]
+
+    def backward(outputs: tuple[Tensor, ...] = outputs) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
+
+    error = _error(name, inputs, kwargs, upstream, (*outputs, *backward()))
+    runs = {"fwd": forward, "bwd": backward, "fwd+bwd": lambda: backward(forward())}
+    passes = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[direction]  # 2 products forward, 5 backward
+    work = _flops(name, args)
+    moved = _bytes(inputs) * ("fwd" in direction) + 2 * _bytes(inputs) * ("bwd" in direction)
+    moved += _bytes(outputs) * len(direction.split("+"))
+    measure(
+        runs[direction], error=error, limit=LIMITS[DTYPE], op=name, impl=impl, case=case.name,
+        shapes=[list(x.shape) for x in args], dtype=str(DTYPE).removeprefix("torch."),
+        direction=direction, bytes=moved, flops=None if work is None else passes * work,
+    )  # fmt: skip
+
+
+def _error(
+    name: str, inputs: list[Tensor], kwargs: Any, upstream: list[Tensor], got: tuple[Tensor, ...]
+) -> float:
+    """The largest relative error of outputs and gradients against the float32 reference."""
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    out = getattr(ops, name)(*wide, **kwargs, impl="reference")
+    out = out if isinstance(out, tuple) else (out,)
+    true = (*out, *torch.autograd.grad(out, wide, [g.float() for g in upstream]))
+    scale = [t.norm().clamp(min=1e-5) for t in true]
+    return max(
+        ((g.float() - t).norm() / s).item() for g, t, s in zip(got, true, scale, strict=True)
+    )
+
+
+def _flops(name: str, args: tuple[Tensor, ...]) -> float | None:
+    """Of the two products forward, a multiply-add as 2."""
+    if name == "pairwise_attention":
+        clips, pairs, patches, width = args[0].shape
+        return 4.0 * clips * pairs * patches**2 * width
+    clips, frames, patches, heads, width = args[0].shape
+    if name == "time_attention":
+        return 4.0 * clips * patches * heads * frames**2 * width
+    if name == "space_attention":
+        return 4.0 * clips * frames * heads * (1 + patches) ** 2 * width
+    return None
+
+
+def _bytes(tensors: Any) -> int:
+    """What has to be read or written once, caches aside."""
+    return sum(x.numel() * x.element_size() for x in tensors)
