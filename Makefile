@@ -1,4 +1,5 @@
 PYTHON ?= .venv/bin/python
+TODAY := $(shell date +%F)
 
 .PHONY: test lint bench demo gpu
 
@@ -6,4 +7,3 @@ test:   ; $(PYTHON) -m pytest
 lint:   ; $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy
 bench:  ; $(PYTHON) -m pytest bench/ --benchmark-only && $(PYTHON) -m bench.report
 demo:   ; $(PYTHON) -m timefast.train --backbone timesformer
-gpu:    ; TIMEFAST_EXPECT_GPU=1 $(PYTHON) -m pytest -m "not slow or gpu"

@@ -71,6 +71,7 @@ AROUND = {
 
 @functools.cache
 def _compiled_reference(name: str) -> Op:
+    torch._functorch.config.donated_buffer = False  # backward runs more than once per forward
     return torch.compile(functools.partial(getattr(ops, name), impl="reference"))
 
 

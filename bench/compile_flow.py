@@ -103,19 +103,15 @@ def compiled(kernel: JITFunction, launch: dict[str, Any], cc: int) -> dict[str, 
 
 
 def flow() -> None:
-    """The launches of labels at training size, and of flow with other parameters and sizes."""
+    """Labels at training size and of large frames; flow of odd sizes, other parameters."""
     from timefast.kernels.farneback_triton import farneback_triton, flow_labels_triton
 
     channels = (38.0, 75.0, 15.0, 0.0)
     for dtype in (torch.float32, torch.bfloat16, torch.uint8):
         video = torch.empty(2, 3, 8, 224, 224, dtype=dtype)
         flow_labels_triton(video, 16, None, channels)
-    flow_labels_triton(torch.empty(2, 3, 2, 112, 126), 14, 0.5, channels)
-    flow_labels_triton(torch.empty(1, 3, 2, 1088, 1920).transpose(-1, -2), 32, 0.5, channels)
-    for height, width in ((97, 131), (16, 20), (1080, 1920)):
-        image = torch.empty(1, height, width)
-        farneback_triton(image, image, 0.5, 3, 15, 3, 5, 1.2)
-    image = torch.empty(1, 240, 320)
+    flow_labels_triton(torch.empty(1, 3, 2, 1088, 1904), 14, 0.5, channels)
+    image = torch.empty(1, 97, 131)
     farneback_triton(image, image, 0.6, 5, 21, 2, 7, 1.5)
 
 

@@ -2,7 +2,8 @@
 spills, shared memory, and which instructions. Needs no GPU.
 
     python -m bench.compile_table           writes docs/kernels/compiled.json and compiled.md
-    python -m bench.compile_table --few     prints the variants of the paper's shapes as JSON
+    python -m bench.compile_table --json    prints the readings instead
+    python -m bench.compile_table --few     prints those of the paper's shapes in bfloat16
 """
 
 import argparse
@@ -38,10 +39,10 @@ Variant = dict[str, Any]
 
 def variants(few: bool) -> Iterator[Variant]:
     """Kernel, target, dtype and sizes; `few` takes bfloat16, width 64 and the paper's lengths."""
-    widths = (64,) if few else (32, 64, 80, 128)
+    widths = (64,) if few else (64, 80, 128)
     dtypes = (torch.bfloat16,) if few else tuple(TYPES)
-    frames = (8,) if few else (1, 8, 17, 64, 128)
-    patches = (196,) if few else (1, 49, 196, 1024)
+    frames = (8,) if few else (8, 17, 64, 128)
+    patches = (196,) if few else (49, 196)
     kernels = [(f"time_attention_{x}", frames) for x in ("fwd", "bwd")]
     kernels += [(f"space_attention_{x}", patches) for x in ("fwd", "bwd_dq", "bwd_dkv")]
     for cc in TARGETS if not few else (80, 90):
@@ -49,7 +50,13 @@ def variants(few: bool) -> Iterator[Variant]:
             for dtype in dtypes:
                 for width in widths:
                     for length in lengths:
-                        yield dict(cc=cc, kernel=kernel, dtype=dtype, width=width, length=length)
+                        yield {
+                            "cc": cc,
+                            "kernel": kernel,
+                            "dtype": dtype,
+                            "width": width,
+                            "length": length,
+                        }
 
 
 def compiled(variant: Variant, params: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -64,7 +71,7 @@ def compiled(variant: Variant, params: dict[str, Any] | None = None) -> dict[str
     cc, name, dtype, width, length = variant.values()
     params = params or find(table(TARGETS[cc]), name, dtype, width, length)
     if name.startswith("time"):
-        constants = kernels.time_constants(length, width, dtype, params["rows"])
+        constants = kernels.time_constants(length, width, dtype, params)
     else:
         over = "queries" if name.endswith("dkv") else "keys"
         constants = kernels.space_constants(length, width, dtype, params, over)
@@ -102,6 +109,7 @@ def compiled(variant: Variant, params: dict[str, Any] | None = None) -> dict[str
         "params": params,
         **_resources(built.asm["cubin"]),
         "shared": built.metadata.shared,
+        "loads": len(re.findall(r"\bld\.global", built.asm["ptx"])),
         "features": found,
     }
 
@@ -126,15 +134,43 @@ def _resources(cubin: bytes) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--few", action="store_true", help="only the paper's shapes, to stdout")
-    few = parser.parse_args().few
+    parser.add_argument("--json", action="store_true", help="everything, to stdout")
+    args = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", None):
         sys.exit(
             "bench.compile_table: unset TRITON_INTERPRET; an interpreting process cannot compile"
         )
-    todo = list(variants(few))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(compiled, todo))
-    json.dump(rows, sys.stdout)
+        rows = list(pool.map(compiled, variants(args.few)))
+    if args.few or args.json:
+        json.dump(rows, sys.stdout)
+    else:
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        (DOCS / "compiled.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        (DOCS / "compiled.md").write_text(_page(rows), encoding="utf-8")
+
+
+def _page(rows: list[dict[str, Any]]) -> str:
+    import triton
+
+    head = "| kernel | dtype | D | T or N | parameters | registers | spills | shared | uses |"
+    text = [
+        "# What the compiler makes of the divided attention kernels",
+        "",
+        f"Written by `python -m bench.compile_table` with Triton {triton.__version__}; none of it "
+        "was run on a GPU.",
+        "Spills count loads and stores of local memory; shared memory is in bytes per block",
+        "(at most 166,912 on sm_80, 232,448 on sm_90 and sm_100). T for time, N for space.",
+    ]
+    for cc in TARGETS:
+        text += ["", f"## sm_{cc}", "", head, "| --- " * head.count(" | ") + "| --- |"]
+        for r in (r for r in rows if r["cc"] == cc):
+            params = ", ".join(f"{k} {v}" for k, v in r["params"].items())
+            text.append(
+                f"| {r['kernel']} | {r['dtype']} | {r['width']} | {r['length']} | {params} "
+                f"| {r['registers']} | {r['spills']} | {r['shared']} | {', '.join(r['features'])} |"
+            )
+    return "\n".join(text) + "\n"
 
 
 if __name__ == "__main__":

@@ -86,11 +86,8 @@ def _time_tile(H, N, T: tl.constexpr, TP: tl.constexpr, POSITIONS: tl.constexpr)
 
 
 @triton.jit
-def _time_probabilities(
-    q, k, scale_log2, T: tl.constexpr, TP: tl.constexpr, ROWS: tl.constexpr, WIDEN: tl.constexpr
-):
+def _time_probabilities(scores, T: tl.constexpr, TP: tl.constexpr, ROWS: tl.constexpr):
     """-> exp2(scores - row maximum) within each position's own frames, and its row sums."""
-    scores = _dot(q, tl.trans(k), WIDEN) * scale_log2  # [ROWS, ROWS] float32
     row = tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, ROWS)[None, :]
     scores = tl.where((row // TP == col // TP) & (col % TP < T), scores, float("-inf"))
@@ -127,22 +124,28 @@ def _time_attention_fwd_kernel(
     POSITIONS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
+    CHUNK: tl.constexpr,  # of D, at a time
     WIDEN: tl.constexpr,
 ):
     b, h, n, t, valid = _time_tile(H, N, T, TP, POSITIONS)
-    cols = tl.arange(0, DP).to(tl.int64)
     q_rows = b * q_stride_b + h * q_stride_h + n * q_stride_n + t * q_stride_t
     k_rows = b * k_stride_b + h * k_stride_h + n * k_stride_n + t * k_stride_t
     v_rows = b * v_stride_b + h * v_stride_h + n * v_stride_n + t * v_stride_t
-    q = _load(q_ptr, q_rows, valid, cols, q_stride_d, D, DP)
-    k = _load(k_ptr, k_rows, valid, cols, k_stride_d, D, DP)
-    v = _load(v_ptr, v_rows, valid, cols, v_stride_d, D, DP)
-
-    p, total = _time_probabilities(q, k, scale_log2, T, TP, POSITIONS * TP, WIDEN)
-    out = _dot(p.to(v.dtype), v, WIDEN) / total[:, None]
-
     out_rows = (((b * T + t) * N + n) * H + h) * D
-    _store(out_ptr, out_rows, valid, cols, out, D, DP)
+    ROWS: tl.constexpr = POSITIONS * TP
+
+    scores = tl.zeros([ROWS, ROWS], tl.float32)
+    for start in range(0, DP, CHUNK):
+        cols = (start + tl.arange(0, CHUNK)).to(tl.int64)
+        q = _load(q_ptr, q_rows, valid, cols, q_stride_d, D, DP)
+        k = _load(k_ptr, k_rows, valid, cols, k_stride_d, D, DP)
+        scores += _dot(q, tl.trans(k), WIDEN)
+    p, total = _time_probabilities(scores * scale_log2, T, TP, ROWS)
+    for start in range(0, DP, CHUNK):
+        cols = (start + tl.arange(0, CHUNK)).to(tl.int64)
+        v = _load(v_ptr, v_rows, valid, cols, v_stride_d, D, DP)
+        out = _dot(p.to(v.dtype), v, WIDEN) / total[:, None]
+        _store(out_ptr, out_rows, valid, cols, out, D, DP)
 
 
 @triton.jit
@@ -183,31 +186,42 @@ def _time_attention_bwd_kernel(
     POSITIONS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
+    CHUNK: tl.constexpr,  # of D, at a time
     WIDEN: tl.constexpr,
 ):
     b, h, n, t, valid = _time_tile(H, N, T, TP, POSITIONS)
-    cols = tl.arange(0, DP).to(tl.int64)
     grad_rows = b * grad_stride_b + h * grad_stride_h + n * grad_stride_n + t * grad_stride_t
     q_rows = b * q_stride_b + h * q_stride_h + n * q_stride_n + t * q_stride_t
     k_rows = b * k_stride_b + h * k_stride_h + n * k_stride_n + t * k_stride_t
     v_rows = b * v_stride_b + h * v_stride_h + n * v_stride_n + t * v_stride_t
     out_rows = (((b * T + t) * N + n) * H + h) * D
-    q = _load(q_ptr, q_rows, valid, cols, q_stride_d, D, DP)
-    k = _load(k_ptr, k_rows, valid, cols, k_stride_d, D, DP)
-    v = _load(v_ptr, v_rows, valid, cols, v_stride_d, D, DP)
-    grad = _load(grad_ptr, grad_rows, valid, cols, grad_stride_d, D, DP)
+    ROWS: tl.constexpr = POSITIONS * TP
 
-    p, total = _time_probabilities(q, k, scale_log2, T, TP, POSITIONS * TP, WIDEN)
+    scores = tl.zeros([ROWS, ROWS], tl.float32)
+    dp = tl.zeros([ROWS, ROWS], tl.float32)
+    for start in range(0, DP, CHUNK):
+        cols = (start + tl.arange(0, CHUNK)).to(tl.int64)
+        q = _load(q_ptr, q_rows, valid, cols, q_stride_d, D, DP)
+        k = _load(k_ptr, k_rows, valid, cols, k_stride_d, D, DP)
+        scores += _dot(q, tl.trans(k), WIDEN)
+        v = _load(v_ptr, v_rows, valid, cols, v_stride_d, D, DP)
+        grad = _load(grad_ptr, grad_rows, valid, cols, grad_stride_d, D, DP)
+        dp += _dot(grad, tl.trans(v), WIDEN)
+    p, total = _time_probabilities(scores * scale_log2, T, TP, ROWS)
     p = p / total[:, None]
     # Rows that do not exist have grad = 0, hence dp = ds = 0: they add nothing below.
-    dv = _dot(tl.trans(p.to(grad.dtype)), grad, WIDEN)
-    _store(dv_ptr, out_rows, valid, cols, dv, D, DP)
-    dp = _dot(grad, tl.trans(v), WIDEN)
-    ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q.dtype)
-    dq = _dot(ds, k, WIDEN)
-    _store(dq_ptr, out_rows, valid, cols, dq, D, DP)
-    dk = _dot(tl.trans(ds), q, WIDEN)
-    _store(dk_ptr, out_rows, valid, cols, dk, D, DP)
+    ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
+    for start in range(0, DP, CHUNK):
+        cols = (start + tl.arange(0, CHUNK)).to(tl.int64)
+        q = _load(q_ptr, q_rows, valid, cols, q_stride_d, D, DP)
+        k = _load(k_ptr, k_rows, valid, cols, k_stride_d, D, DP)
+        grad = _load(grad_ptr, grad_rows, valid, cols, grad_stride_d, D, DP)
+        dv = _dot(tl.trans(p.to(grad.dtype)), grad, WIDEN)
+        dq = _dot(ds.to(k.dtype), k, WIDEN)
+        dk = _dot(tl.trans(ds.to(q.dtype)), q, WIDEN)
+        _store(dv_ptr, out_rows, valid, cols, dv, D, DP)
+        _store(dq_ptr, out_rows, valid, cols, dq, D, DP)
+        _store(dk_ptr, out_rows, valid, cols, dk, D, DP)
 
 
 def _time_launch(kernel: Any, name: str, q: Tensor, arguments: tuple[Any, ...]) -> None:
@@ -216,20 +230,27 @@ def _time_launch(kernel: Any, name: str, q: Tensor, arguments: tuple[Any, ...]) 
         return
     clips, frames, patches, heads, width = q.shape
     params = launch_parameters(name, q, length=frames)
-    constants = time_constants(frames, width, q.dtype, params.pop("rows"))
+    constants = time_constants(frames, width, q.dtype, params)
     blocks = triton.cdiv(patches, constants["POSITIONS"])
     with torch.cuda.device_of(q):
-        kernel[(clips * blocks * heads,)](*arguments, **constants, **params, enable_fp_fusion=True)
+        kernel[(clips * blocks * heads,)](
+            *arguments, **constants, num_warps=params["num_warps"], enable_fp_fusion=True
+        )
 
 
-def time_constants(frames: int, width: int, dtype: torch.dtype, rows: int) -> dict[str, Any]:
+def time_constants(
+    frames: int, width: int, dtype: torch.dtype, params: dict[str, Any]
+) -> dict[str, Any]:
+    """Compile-time constants of the time kernels."""
     frames_padded = power_of_two(frames)
+    width_padded = power_of_two(width, at_least=16)
     return {
         "T": frames,
         "TP": frames_padded,
-        "POSITIONS": max(1, rows // frames_padded),
+        "POSITIONS": max(1, params["rows"] // frames_padded),
         "D": width,
-        "DP": power_of_two(width, at_least=16),
+        "DP": width_padded,
+        "CHUNK": min(params["chunk"], width_padded),
         "WIDEN": INTERPRETED and dtype == torch.bfloat16,
     }
 

@@ -32,7 +32,7 @@ from timefast.kernels.farneback import PUBLISHED, Basis, basis, pyramid
 
 ROWS = 16  # output rows of a match program, held in registers
 COLS = 64
-TILE_ROWS = 8  # rows of a program of the other kernels
+TILE_ROWS = 4  # rows of a program of the other kernels
 WORKSPACE = 1 << 31  # bytes of planes, about: larger batches are worked through in parts
 ZERO, COARSER, STORED = 0, 1, 2  # where the flow before an update comes from
 
@@ -233,7 +233,7 @@ def _resized(ptr, left, right, down, fx, fy, mask):
     return a + fx * (b - a)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames_per_clip", "coarse_height", "coarse_width"])
 def _match_kernel(
     expansion_ptr,  # [F, 5, height, width]
     flow_ptr,  # [P, 2, height, width], or [P, 2, coarse_height, coarse_width] of the scale above
@@ -365,7 +365,7 @@ def _flow_at(row_ptrs, x, plane, width, scale, mask, RADIUS: tl.constexpr):
     return (g11 * h2 - g12 * h1) * inverse, (g22 * h1 - g12 * h2) * inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _solve_kernel(
     sums_ptr,  # [P, 5, height, width]
     flow_ptr,  # [P, 2, height, width]

@@ -218,11 +218,12 @@ flow_labels_op = register(
             "cv2": Impl(flow_labels_cv2, _why_not_opencv, opencv_missing, auto=()),
         },
         cases=(
-            _case("tau", 2, 3, 48, 64, "tiny", rule="tau", tau=0.5),
-            _case("minmax", 1, 2, 64, 64, "tiny"),
             _case("one-frame", 2, 1, 32, 32, "tiny"),
-            _case("clip-112", 1, 8, 112, 112, "mid"),
-            _case("clips-224", 64, 8, 224, 224, "paper"),
+            _case("8 x 112 x 112", 1, 8, 112, 112, "mid", rule="tau", tau=0.5),
+            _case("8 x 224 x 224", 1, 8, 224, 224, "mid"),
+            _case("8 x 224 x 224, 1 clip", 1, 8, 224, 224, "paper"),
+            _case("8 x 224 x 224, 8 clips", 8, 8, 224, 224, "paper"),
+            _case("8 x 224 x 224, 64 clips", 64, 8, 224, 224, "paper"),
         ),
     )
 )

@@ -72,7 +72,9 @@ def _queries(
 ):
     """Rows 0 to S - 1 are the patches, row S is the class token; what comes after is zero."""
     patch = row < T * N
-    rows = b * q_stride_b + h * q_stride_h + row // N * q_stride_t + row % N * q_stride_n
+    t = (row // N).to(tl.int64)
+    n = (row % N).to(tl.int64)
+    rows = b * q_stride_b + h * q_stride_h + t * q_stride_t + n * q_stride_n
     q = _load(q_ptr, rows, patch, cols, q_stride_d, D, DP)
     cls_q = _load_row(cls_q_ptr + b * cls_q_stride_b + h * cls_q_stride_h, cols, cls_q_stride_d, D)
     return tl.where((row == T * N)[:, None], cls_q[None, :].to(q.dtype), q)
@@ -121,7 +123,7 @@ def _trajectory_fwd_kernel(
     h = ((tl.program_id(0) // tiles) % H).to(tl.int64)
     b = (tl.program_id(0) // (tiles * H)).to(tl.int64)
     cols = tl.arange(0, DP).to(tl.int64)
-    row = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q = _queries(
         q_ptr, cls_q_ptr, q_stride_b, q_stride_t, q_stride_n, q_stride_h, q_stride_d,
         cls_q_stride_b, cls_q_stride_h, cls_q_stride_d, b, h, row, cols, T, N, D, DP,
@@ -204,7 +206,7 @@ def _trajectory_bwd_dq_kernel(
     h = ((tl.program_id(0) // tiles) % H).to(tl.int64)
     b = (tl.program_id(0) // (tiles * H)).to(tl.int64)
     cols = tl.arange(0, DP).to(tl.int64)
-    row = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     is_class = row == T * N
     q = _queries(
         q_ptr, cls_q_ptr, q_stride_b, q_stride_t, q_stride_n, q_stride_h, q_stride_d,
@@ -298,7 +300,7 @@ def _trajectory_bwd_dkv_kernel(
     dk = tl.zeros([BLOCK_K, DP], tl.float32)
     dv = tl.zeros([BLOCK_K, DP], tl.float32)
     for start in range(0, length, BLOCK_Q):
-        row = (start + tl.arange(0, BLOCK_Q)).to(tl.int64)
+        row = start + tl.arange(0, BLOCK_Q)
         q = _queries(
             q_ptr, cls_q_ptr, q_stride_b, q_stride_t, q_stride_n, q_stride_h, q_stride_d,
             cls_q_stride_b, cls_q_stride_h, cls_q_stride_d, b, h, row, cols, T, N, D, DP,

@@ -13,7 +13,9 @@ from timefast.kernels import farneback as farneback_module
 from timefast.kernels.farneback import PUBLISHED, farneback, smooth_texture
 from timefast.kernels.flow_labels import flow_labels, label_vectors
 
-pytest.importorskip("triton")
+farneback_triton = pytest.importorskip(
+    "timefast.kernels.farneback_triton", reason="Triton is not installed", exc_type=ImportError
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +30,12 @@ def small_video(clips, frames, height, width):
     frame = smooth_texture((clips, 3, 1), height, width, generator, "cpu") / 100
     moved = [frame.roll((t, 2 * t), dims=(-2, -1)) for t in range(frames)]
     return torch.cat(moved, dim=2).to(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def fewer_programs_in_the_interpreter(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(farneback_triton, "TILE_ROWS", 16)
 
 
 @pytest.fixture
@@ -63,18 +71,16 @@ def test_flow_equals_the_reference(height, width, parameters, tiny_scales):
 
 
 def test_constant_images_stay_constant_at_every_scale_and_have_no_flow(tiny_scales):
-    from timefast.kernels.farneback_triton import _shrunk
-
     image = torch.full((16, 19), 100 / 3, device=DEVICE)
     for height, width, taps in farneback_module.pyramid(16, 19, 0.7, 3):
-        shrunk = _shrunk(image.view(1, 1, 1, 16, 19), height, width, taps, (1.0, 0.0, 0.0, 0.0))
+        shrunk = farneback_triton._shrunk(
+            image.view(1, 1, 1, 16, 19), height, width, taps, (1.0, 0.0, 0.0, 0.0)
+        )
         assert shrunk.unique().numel() == 1
     assert not farneback(image, image + 20, winsize=3, iterations=1, levels=0, impl="triton").any()
 
 
 def test_labels_equal_the_reference(quick_labels, monkeypatch):
-    from timefast.kernels import farneback_triton
-
     monkeypatch.setattr(farneback_triton, "ROWS", 32)
     video = small_video(1, 3, 24, 36).transpose(-1, -2).contiguous().transpose(-1, -2)
     expected = flow_labels(video, patch_size=12, impl="reference")
@@ -83,8 +89,6 @@ def test_labels_equal_the_reference(quick_labels, monkeypatch):
 
 
 def test_parts_of_a_batch_give_what_the_whole_gives(quick_labels, monkeypatch):
-    from timefast.kernels import farneback_triton
-
     options = {"patch_size": 8, "rule": "tau", "tau": 0.3, "std": (0.2, 0.3, 0.4)}
     video = small_video(2, 2, 16, 16)
     whole = flow_labels(video, **options, impl="reference")
@@ -103,8 +107,6 @@ def test_no_clips_and_no_pairs_launch_nothing():
 @pytest.mark.parametrize("tau", [None, 0.0, 1.5])
 @pytest.mark.parametrize("patches", [1, 5, 300])
 def test_label_kernel_equals_the_reference_on_any_vector(tau, patches):
-    from timefast.kernels.farneback_triton import labelled
-
     vectors = torch.randn(6, 2, patches) * 2
     vectors[0] = 0
     vectors[1] = torch.tensor([1.0, 1.0])[:, None]
@@ -112,8 +114,8 @@ def test_label_kernel_equals_the_reference_on_any_vector(tau, patches):
     vectors[3, :, -1] = float("nan")
     vectors[4] = vectors[4].round()
     vectors = vectors.to(DEVICE)
-    assert torch.equal(labelled(vectors, tau), label_vectors(vectors, tau))
-    assert not labelled(vectors, tau)[3].any()
+    assert torch.equal(farneback_triton.labelled(vectors, tau), label_vectors(vectors, tau))
+    assert not farneback_triton.labelled(vectors, tau)[3].any()
 
 
 def test_a_compiled_function_keeps_the_ops_whole(quick_labels):

@@ -246,10 +246,10 @@ def test_integer_videos_other_than_uint8_are_refused():
 @pytest.mark.parametrize("case", flow_labels_op.cases, ids=lambda case: case.name)
 def test_all_implementations_agree_on_the_cases(case):
     if case.size == "paper":
-        pytest.skip("gigabytes on a GPU")
+        pytest.skip("for GPUs")
     (video,), options = case.build(torch.float32, "cpu", torch.Generator().manual_seed(0))
     expected = flow_labels(video, **options, impl="reference")
     for impl in ("cpu", "cv2"):
-        assert (flow_labels(video, **options, impl=impl) == expected).float().mean() > 0.99 or (
-            expected.numel() == 0
-        )
+        different = flow_labels(video, **options, impl=impl) != expected
+        assert different.sum() <= 0.005 * expected.numel()
+    assert expected.unique().numel() > 1 or video.shape[2] == 1

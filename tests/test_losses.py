@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_models import clip, small
 
 from timefast.losses import debias_loss, flow_loss, order_loss, time_losses
+from timefast.models import BACKBONES
 
 
 def smoothed(logits: torch.Tensor, target: int, e: float) -> torch.Tensor:
@@ -96,9 +97,10 @@ def test_missing_labels_are_named():
         time_losses(small(), video, labels, flow, None)
 
 
-def test_losses_fall_in_a_few_steps():
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_losses_fall_in_a_few_steps(backbone):
     torch.manual_seed(0)
-    model = small(drop_path=0.0)
+    model = small(backbone, drop_path=0.0, **({"head_dropout": 0.0} if backbone == "xvit" else {}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     args, totals = batch(), []
     for _ in range(12):

@@ -66,6 +66,29 @@ def test_every_parameter_gets_a_gradient(backbone):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
+def test_half_precision_by_autocast_is_near_and_gives_all_gradients(backbone):
+    model, video = small(backbone).eval(), clip()
+    expected = model.time_outputs(video)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.time_outputs(video)
+    (out.logits.float().square().sum() + out.order.sum() + out.flow.sum()).backward()
+    for name in ("logits", "order", "flow"):
+        error = (getattr(out, name) - getattr(expected, name)).abs().max()
+        assert error <= 0.05 * getattr(expected, name).abs().max(), name
+    assert [key for key, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_compiles_as_one_graph(backbone):
+    model, video = small(backbone, depth=1).eval(), clip()
+    with torch.no_grad():
+        out = torch.compile(model.time_outputs, backend="eager", fullgraph=True)(video)
+        expected = model.time_outputs(video)
+    torch.testing.assert_close(out.logits, expected.logits)
+    torch.testing.assert_close(out.flow, expected.flow)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_no_dropout_in_evaluation(backbone):
     model, video = small(backbone, drop_path=0.5).eval(), clip()
     assert torch.equal(model(video), model(video))

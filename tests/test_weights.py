@@ -98,6 +98,8 @@ def test_wrong_shapes_are_refused_also_when_not_strict():
 def test_keywords_against_the_file_are_refused():
     with pytest.raises(InputError, match="holds a timesformer with depth=2, not 12"):
         load_model(state(), heads=2, depth=12)
+    with pytest.raises(InputError, match="heads: expected a divisor of dim=32, got 5"):
+        load_model(state(), heads=5)
     with pytest.raises(InputError, match="takes no keyword dpeth"):
         load_model(state(), heads=2, dpeth=2)
     with pytest.raises(InputError, match="holds a timesformer.*not a xvit"):

@@ -126,7 +126,7 @@ def load_model(
         full = _with_heads({**sizes, **config}, read.name)
         if backbone == "timesformer":
             fit_tables(converted, {**keywords(backbone), **full}, {**keywords(backbone), **sizes})
-        model = create_model(backbone, **full)
+        model = _create(read.name, backbone, full)
         _drop_other_heads(converted, model, sizes, full)
     model.normalisation = read.normalisation or {"mean": [mean] * 3, "std": [std] * 3}
     _apply(model, converted, LoadReport(read.name, family, _sha256(read.file)))
@@ -347,7 +347,7 @@ def _load_ours(
     converted = Converted(dict(read.state))
     if home == "timesformer":
         fit_tables(converted, full, described)
-    model = create_model(home, **full)
+    model = _create(read.name, home, full)
     _drop_other_heads(converted, model, described, full)
     model.normalisation = read.ours["normalisation"]
     model.classes = read.ours.get("classes")
@@ -363,7 +363,14 @@ def _create_for_image_model(read: _Read, backbone: str, config: dict[str, Any]) 
     full = _with_heads({"image_size": sizes["image_size"], **told, **config}, read.name)
     if "num_classes" in sizes:
         full.setdefault("num_classes", sizes["num_classes"])
-    return create_model(backbone, **full)
+    return _create(read.name, backbone, full)
+
+
+def _create(name: str, backbone: str, config: dict[str, Any]) -> VideoTransformer:
+    try:
+        return create_model(backbone, **config)
+    except ValueError as error:
+        raise InputError(f"{name}: no {backbone} can be made of it: {error}") from error
 
 
 def _convert_imagenet(state: dict[str, Tensor], model: VideoTransformer) -> Converted:

@@ -215,8 +215,8 @@ def init_published(module: nn.Module) -> None:
 def init_scratch(module: nn.Module) -> None:
     """For training without pre-trained weights: Xavier-uniform for all linear weights, zero biases.
 
-    The published initialisation is made for ImageNet weights; from scratch it learns no order
-    (docs/design.md has the numbers).
+    The published initialisation is made for ImageNet weights. From scratch, with its time path at
+    zero, no order was learned on the demo data: shuffled clips were classified as well as others.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
