@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -69,9 +70,11 @@ AROUND = {
 }
 
 
+torch._functorch.config.donated_buffer = False  # backward runs more than once per forward
+
+
 @functools.cache
 def _compiled_reference(name: str) -> Op:
-    torch._functorch.config.donated_buffer = False  # backward runs more than once per forward
     return torch.compile(functools.partial(getattr(ops, name), impl="reference"))
 
 

@@ -301,7 +301,7 @@ time_attention_op.register_autograd(_time_backward, setup_context=_time_setup)
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
-        "the Triton kernels of time_attention and space_attention cannot be differentiated twice; "
+        "the Triton kernels of attention cannot be differentiated twice; "
         'use impl="reference" for second derivatives'
     )
 
@@ -766,6 +766,13 @@ def _(
     return _space_outputs(q)
 
 
+def _space_gradients(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    clips, _, _, heads, width = q.shape
+    dq, dk, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    cls_dq, cls_dk, cls_dv = (q.new_empty((clips, heads, width)) for _ in range(3))
+    return dq, dk, dv, cls_dq, cls_dk, cls_dv
+
+
 @torch.library.custom_op("timefast::space_attention_backward", mutates_args=())
 def space_attention_backward_op(
     grad: Tensor,
@@ -782,9 +789,9 @@ def space_attention_backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     clips, frames, patches, heads, width = q.shape
-    dq, dk, dv, *cls_grads = _space_gradients(q)
+    dq, dk, dv, *cls_grads = grads = _space_gradients(q)
     if q.numel() == 0:
-        return dq, dk, dv, *cls_grads
+        return grads
     sizes = (frames, patches, heads, scale, scale * LOG2_E)
 
     constants, options = _space_setting("space_attention_bwd_dq", q, over="keys")
@@ -799,18 +806,14 @@ def space_attention_backward_op(
 
     constants, options = _space_setting("space_attention_bwd_dkv", q, over="queries")
     tiles = triton.cdiv(patches, constants["BLOCK_K"])
-    tokens = (grad, grad_cls, q, k, v, cls_q)
-    arguments = (*tokens, lse, delta, dk, dv, *_strides(*tokens), *sizes)
+    fewer = (grad, grad_cls, q, k, v, cls_q)
+    arguments = (*fewer, lse, delta, dk, dv, *_strides(*fewer), *sizes)
     _space_launch(_space_attention_bwd_dkv_kernel, q, tiles, arguments, **constants, **options)
 
     parts = (cls_dq.sum(1), cls_dk.sum((1, 2)), cls_dv.sum((1, 2)))
-    return dq, dk, dv, *(x.to(q.dtype) for x in parts)
-
-
-def _space_gradients(q: Tensor) -> tuple[Tensor, ...]:
-    clips, _, _, heads, width = q.shape
-    patches = (q.new_empty(q.shape) for _ in range(3))
-    return *patches, *(q.new_empty((clips, heads, width)) for _ in range(3))
+    for grad_of_class, part in zip(cls_grads, parts, strict=True):
+        grad_of_class.copy_(part)
+    return grads
 
 
 @space_attention_backward_op.register_fake

@@ -28,6 +28,8 @@ from timefast.kernels.op import (
     dispatch,
     in_float32,
     register,
+    triton_unavailable,
+    why_not_triton,
 )
 
 
@@ -77,6 +79,17 @@ def _shifted(x: Tensor, shift_div: int) -> Tensor:
     return torch.cat([after, before, channels[..., 2 * fold :]], -1).unflatten(3, x.shape[3:])
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, *, shift_div: int, scale: float) -> Tensor:
+    from timefast.kernels.shift_attention_triton import shift_attention_op
+
+    fold = q.shape[3] * q.shape[4] // shift_div
+    return shift_attention_op(q, k, v, fold, scale)[0]
+
+
+def _why_not_triton(q: Tensor, *others: Tensor, **kwargs: Any) -> list[str]:
+    return why_not_triton(q, max_width=128)
+
+
 def _case(name: str, *shape: int, shift_div: int = 4, size: str = "tiny") -> Case:
     def build(dtype: torch.dtype, device: str, generator: Generator) -> Any:
         clips, frames, tokens, heads, width = shape
@@ -90,14 +103,17 @@ SHIFT_ATTENTION = register(
     Op(
         "shift_attention",
         reference=shift_attention_reference,
-        impls={"cpu": Impl(shift_attention_cpu)},
+        impls={
+            "triton": Impl(_triton, _why_not_triton, triton_unavailable, auto=("cuda",)),
+            "cpu": Impl(shift_attention_cpu),
+        },
         cases=(
-            _case("tiny-odd", 2, 3, 5, 4, 16),
-            _case("folds-inside-heads", 2, 4, 5, 3, 16),
+            _case("tiny-odd", 2, 2, 5, 3, 16, shift_div=3),
+            _case("folds-inside-heads", 1, 3, 5, 3, 16),
             _case("one-frame", 1, 1, 4, 4, 16),
             _case("all-heads-shifted", 1, 3, 5, 2, 32, shift_div=2),
             _case("nothing-shifted", 1, 3, 5, 2, 16, shift_div=64),
-            _case("two-tiles-width-80", 1, 2, 70, 4, 80),
+            _case("two-tiles-width-80", 1, 2, 70, 3, 80, shift_div=3),
             _case("empty-batch", 0, 4, 6, 4, 16),
             _case("mid", 2, 8, 50, 4, 64, size="mid"),
             _case("paper-ssv2", 8, 8, 197, 12, 64, size="paper"),
@@ -129,7 +145,7 @@ def shift_attention(
         shift_div: H * D // shift_div channels come from the next frame, as many from the one
             before; at least 1.
         scale: factor on q . k before the softmax; D ** -0.5 by default.
-        impl: "auto", "reference", "cpu"; `timefast.ops.implementations` lists them.
+        impl: "auto", "reference", "cpu", "triton"; `timefast.ops.implementations` lists them.
 
     Returns:
         [B, T, S, H, D] in the dtype of q (under autocast: of autocast).

@@ -114,7 +114,6 @@ def _trajectory_fwd_kernel(
     DP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TAIL_K: tl.constexpr,  # tile for the N % BLOCK_K keys that are left, 0 if none are
     WIDEN: tl.constexpr,
 ):
     length = T * N + 1
@@ -130,31 +129,28 @@ def _trajectory_fwd_kernel(
     )  # fmt: skip
     k_base = k_ptr + b * k_stride_b + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
-    whole = N // BLOCK_K * BLOCK_K
-    for t in range(0, T):
-        best = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_Q], tl.float32)
-        acc = tl.zeros([BLOCK_Q, DP], tl.float32)
-        for start in range(0, whole, BLOCK_K):
-            key = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-            k = _load(k_base, key * k_stride_n, None, cols, k_stride_d, D, DP)
-            v = _load(v_base, key * v_stride_n, None, cols, v_stride_d, D, DP)
-            best, total, acc = _space_fwd_step(
-                q, k, v, None, best, total, acc, scale_log2, False, WIDEN
-            )
-        if TAIL_K > 0:
-            key = (whole + tl.arange(0, TAIL_K)).to(tl.int64)
-            k = _load(k_base, key * k_stride_n, key < N, cols, k_stride_d, D, DP)
-            v = _load(v_base, key * v_stride_n, key < N, cols, v_stride_d, D, DP)
-            best, total, acc = _space_fwd_step(
-                q, k, v, key < N, best, total, acc, scale_log2, True, WIDEN
-            )
-        x_rows = (((b * length + row) * T + t) * H + h) * D
-        _store(x_ptr, x_rows, row < length, cols, acc / total[:, None], D, DP)
-        stats = ((b * H + h) * T + t) * length + row
-        tl.store(lse_ptr + stats, best + tl.log2(total), mask=row < length)
-        k_base += k_stride_t
-        v_base += v_stride_t
+    best = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, DP], tl.float32)
+    key_tiles = tl.cdiv(N, BLOCK_K)
+    for i in range(0, T * key_tiles):
+        t = (i // key_tiles).to(tl.int64)
+        start = i % key_tiles * BLOCK_K
+        key = start + tl.arange(0, BLOCK_K)
+        valid = key < N
+        k_rows = t * k_stride_t + key.to(tl.int64) * k_stride_n
+        v_rows = t * v_stride_t + key.to(tl.int64) * v_stride_n
+        k = _load(k_base, k_rows, valid, cols, k_stride_d, D, DP)
+        v = _load(v_base, v_rows, valid, cols, v_stride_d, D, DP)
+        best = tl.where(start == 0, float("-inf"), best)  # which also empties total and acc
+        best, total, acc = _space_fwd_step(
+            q, k, v, valid, best, total, acc, scale_log2, True, WIDEN
+        )
+        if start + BLOCK_K >= N:
+            x_rows = (((b * length + row) * T + t) * H + h) * D
+            _store(x_ptr, x_rows, row < length, cols, acc / total[:, None], D, DP)
+            stats = ((b * H + h) * T + t) * length + row
+            tl.store(lse_ptr + stats, best + tl.log2(total), mask=row < length)
 
 
 @triton.jit
@@ -197,7 +193,6 @@ def _trajectory_bwd_dq_kernel(
     DP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TAIL_K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     length = T * N + 1
@@ -214,31 +209,29 @@ def _trajectory_bwd_dq_kernel(
     )  # fmt: skip
     k_base = k_ptr + b * k_stride_b + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
-    whole = N // BLOCK_K * BLOCK_K
     dq = tl.zeros([BLOCK_Q, DP], tl.float32)
-    for t in range(0, T):
+    lse = tl.zeros([BLOCK_Q], tl.float32)
+    delta = tl.zeros([BLOCK_Q], tl.float32)
+    key_tiles = tl.cdiv(N, BLOCK_K)
+    for i in range(0, T * key_tiles):
+        t = (i // key_tiles).to(tl.int64)
+        start = i % key_tiles * BLOCK_K
         x_rows = (((b * length + row) * T + t) * H + h) * D
         dx = _load(dx_ptr, x_rows, row < length, cols, 1, D, DP)
-        x = _load(x_ptr, x_rows, row < length, cols, 1, D, DP)
-        delta = tl.sum(dx.to(tl.float32) * x.to(tl.float32), 1)
-        delta -= tl.where(is_class, tl.load(cls_dlse_ptr + (b * H + h) * T + t), 0.0)
-        stats = ((b * H + h) * T + t) * length + row
-        tl.store(delta_ptr + stats, delta, mask=row < length)
-        lse = tl.load(lse_ptr + stats, mask=row < length, other=float("inf"))
-        for start in range(0, whole, BLOCK_K):
-            key = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-            k = _load(k_base, key * k_stride_n, None, cols, k_stride_d, D, DP)
-            v = _load(v_base, key * v_stride_n, None, cols, v_stride_d, D, DP)
-            dq = _space_dq_step(q, dx, k, v, None, lse, delta, dq, scale, scale_log2, False, WIDEN)
-        if TAIL_K > 0:
-            key = (whole + tl.arange(0, TAIL_K)).to(tl.int64)
-            k = _load(k_base, key * k_stride_n, key < N, cols, k_stride_d, D, DP)
-            v = _load(v_base, key * v_stride_n, key < N, cols, v_stride_d, D, DP)
-            dq = _space_dq_step(
-                q, dx, k, v, key < N, lse, delta, dq, scale, scale_log2, True, WIDEN
-            )
-        k_base += k_stride_t
-        v_base += v_stride_t
+        if start == 0:
+            x = _load(x_ptr, x_rows, row < length, cols, 1, D, DP)
+            stats = ((b * H + h) * T + t) * length + row
+            lse = tl.load(lse_ptr + stats, mask=row < length, other=float("inf"))
+            delta = tl.sum(dx.to(tl.float32) * x.to(tl.float32), 1)
+            delta -= tl.where(is_class, tl.load(cls_dlse_ptr + (b * H + h) * T + t), 0.0)
+            tl.store(delta_ptr + stats, delta, mask=row < length)
+        key = start + tl.arange(0, BLOCK_K)
+        valid = key < N
+        k_rows = t * k_stride_t + key.to(tl.int64) * k_stride_n
+        v_rows = t * v_stride_t + key.to(tl.int64) * v_stride_n
+        k = _load(k_base, k_rows, valid, cols, k_stride_d, D, DP)
+        v = _load(v_base, v_rows, valid, cols, v_stride_d, D, DP)
+        dq = _space_dq_step(q, dx, k, v, valid, lse, delta, dq, scale, scale_log2, True, WIDEN)
     _store(dq_ptr, ((b * T * N + row) * H + h) * D, row < T * N, cols, dq, D, DP)
     _store(cls_dq_ptr, (b * H + h) * D + 0 * row, is_class, cols, dq, D, DP)
 
@@ -442,17 +435,14 @@ def _along_bwd_kernel(
 
 
 def frames_constants(
-    patches: int, width: int, dtype: torch.dtype, params: dict[str, Any], *, tail: bool
+    patches: int, width: int, dtype: torch.dtype, params: dict[str, Any]
 ) -> dict[str, Any]:
-    """Compile-time constants of the kernels of the first step; `tail` for those over keys."""
-    block_k = min(params["block_k"], power_of_two(patches, at_least=16))
-    rest = patches % block_k
+    """Compile-time constants of the kernels of the first step."""
     return {
         "D": width,
         "DP": power_of_two(width, at_least=16),
         "BLOCK_Q": params["block_q"],
-        "BLOCK_K": block_k,
-        **({"TAIL_K": power_of_two(rest, at_least=16) if rest else 0} if tail else {}),
+        "BLOCK_K": min(params["block_k"], power_of_two(patches, at_least=16)),
         "WIDEN": INTERPRETED and dtype == torch.bfloat16,
     }
 
@@ -477,7 +467,7 @@ def _launch_frames(
     """One program per tile of queries, head and clip; or of keys, frame, head and clip."""
     clips, frames, patches, heads, width = q.shape
     params = launch_parameters(f"trajectory_attention_{name}", q, length=patches)
-    constants = frames_constants(patches, width, q.dtype, params, tail=over_keys)
+    constants = frames_constants(patches, width, q.dtype, params)
     if over_keys:
         tiles = triton.cdiv(frames * patches + 1, constants["BLOCK_Q"])
     else:

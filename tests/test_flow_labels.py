@@ -252,4 +252,4 @@ def test_all_implementations_agree_on_the_cases(case):
     for impl in ("cpu", "cv2"):
         different = flow_labels(video, **options, impl=impl) != expected
         assert different.sum() <= 0.005 * expected.numel()
-    assert expected.unique().numel() > 1 or video.shape[2] == 1
+    assert expected.any() or video.shape[2] == 1

@@ -186,7 +186,8 @@ class Trainer:
         self.noticed: set[tuple[str, str]] = set()
         if resume:
             self._restore()
-        if config.run.compile:
+        if config.run.compile:  # class logits come from calling the model, the rest from features
+            self.model.compile()
             self.model.features = torch.compile(self.model.features)  # type: ignore[method-assign]
 
         path = self.run_folder / "metrics.jsonl"
