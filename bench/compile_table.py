@@ -7,6 +7,7 @@ spills, shared memory, and which instructions. Needs no GPU.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -38,25 +39,21 @@ Variant = dict[str, Any]
 
 
 def variants(few: bool) -> Iterator[Variant]:
-    """Kernel, target, dtype and sizes; `few` takes bfloat16, width 64 and the paper's lengths."""
+    """Kernel, target, dtype and sizes; `few` takes bfloat16 and the paper's sizes."""
     widths = (64,) if few else (64, 80, 128)
     dtypes = (torch.bfloat16,) if few else tuple(TYPES)
     frames = (8,) if few else (8, 17, 64, 128)
     patches = (196,) if few else (49, 196)
     kernels = [(f"time_attention_{x}", frames) for x in ("fwd", "bwd")]
+    kernels += [(f"pairwise_attention_{x}", patches) for x in ("fwd", "bwd_dq", "bwd_dkv")]
     kernels += [(f"space_attention_{x}", patches) for x in ("fwd", "bwd_dq", "bwd_dkv")]
-    for cc in TARGETS if not few else (80, 90):
+    for cc in (80, 90) if few else TARGETS:
         for kernel, lengths in kernels:
-            for dtype in dtypes:
-                for width in widths:
-                    for length in lengths:
-                        yield {
-                            "cc": cc,
-                            "kernel": kernel,
-                            "dtype": dtype,
-                            "width": width,
-                            "length": length,
-                        }
+            for dtype, width, length in itertools.product(
+                dtypes, (768,) if kernel.startswith("pairwise") else widths, lengths
+            ):
+                values = (cc, kernel, dtype, width, length)
+                yield dict(zip(("cc", "kernel", "dtype", "width", "length"), values, strict=True))
 
 
 def compiled(variant: Variant, params: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -65,14 +62,19 @@ def compiled(variant: Variant, params: dict[str, Any] | None = None) -> dict[str
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from timefast.kernels import divided_attention_triton as kernels
+    from timefast.kernels import divided_attention_triton, flow_attention_triton
     from timefast.kernels.tiles import find, table
 
     cc, name, dtype, width, length = variant.values()
     params = params or find(table(TARGETS[cc]), name, dtype, width, length)
     if name.startswith("time"):
+        kernels: Any = divided_attention_triton
         constants = kernels.time_constants(length, width, dtype, params)
+    elif name.startswith("pairwise"):
+        kernels = flow_attention_triton
+        constants = kernels.pairwise_constants(length, width, dtype, params)
     else:
+        kernels = divided_attention_triton
         over = "queries" if name.endswith("dkv") else "keys"
         constants = kernels.space_constants(length, width, dtype, params, over)
     kernel = getattr(kernels, f"_{name}_kernel")

@@ -1,7 +1,7 @@
 """Registers, spills and shared memory of the trajectory attention kernels. Needs no GPU.
 
-    python -m bench.compile_trajectory          # the table of docs/kernels/trajectory_attention.md
-    python -m bench.compile_trajectory --few    # the paper's shape, as one JSON object per kernel
+python -m bench.compile_trajectory          # the table of docs/kernels/trajectory_attention.md
+python -m bench.compile_trajectory --few    # the paper's shape, as one JSON object per kernel
 """
 
 import argparse
@@ -29,7 +29,9 @@ def step(frames: int, patches: int, heads: int, width: int, dtype: torch.dtype, 
     dim = heads * width
     tokens = torch.empty(1, 1 + frames * patches, 3, heads, width, dtype=dtype)
     qkv = tokens[:, 1:].unflatten(1, (frames, patches)).unbind(3)
-    weights = [torch.empty(*s, dtype=dtype) for s in ((dim, dim), (dim,), (2 * dim, dim), (2 * dim,))]
+    weights = [
+        torch.empty(*s, dtype=dtype) for s in ((dim, dim), (dim,), (2 * dim, dim), (2 * dim,))
+    ]
     inputs = (*qkv, *tokens[:, 0].unbind(1), *weights)
     out, cls_out, *saved = trajectory_attention_op(*inputs, projected, width**-0.5)
     trajectory_attention_backward_op(out, cls_out, *inputs, *saved, projected, width**-0.5)
@@ -49,8 +51,16 @@ def main() -> None:
             for row in readings(cc, lambda: step(8, 196, 12, 64, torch.bfloat16, False)):
                 print(json.dumps(row))
         return
-    shapes = [(8, 196, 12, 64), (16, 196, 12, 64), (8, 49, 16, 80), (4, 17, 3, 32), (32, 64, 24, 128)]
-    print("| kernel | variants | registers | spills | stack | shared bytes |\n|---|---|---|---|---|---|")
+    shapes = [
+        (8, 196, 12, 64),
+        (16, 196, 12, 64),
+        (8, 49, 16, 80),
+        (4, 17, 3, 32),
+        (32, 64, 24, 128),
+    ]
+    print(
+        "| kernel | variants | registers | spills | stack | shared bytes |\n|---|---|---|---|---|---|"
+    )
     for cc in TABLES:
         rows: dict[str, list[dict[str, Any]]] = {}
         for shape, dtype, projected in itertools.product(

@@ -22,6 +22,8 @@ from timefast.kernels.op import (
     dispatch,
     in_float32,
     register,
+    triton_unavailable,
+    why_not_triton,
 )
 
 
@@ -37,6 +39,19 @@ def pairwise_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> 
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    from timefast.kernels.flow_attention_triton import pairwise_attention_op
+
+    return pairwise_attention_op(q, k, v, scale)[0]
+
+
+def _why_not_triton(q: Tensor, *others: Tensor, **kwargs: Any) -> list[str]:
+    reasons = why_not_triton(q, max_width=1024)
+    if q.shape[2] > 256:
+        reasons.append(f"q has {q.shape[2]} patches per frame; triton takes 1 to 256")
+    return reasons
+
+
 def _case(name: str, clips: int, pairs: int, *shape: int, size: str = "tiny") -> Case:
     def build(dtype: torch.dtype, device: str, generator: Generator) -> Any:
         q, k, v = torch.randn(3, clips, pairs + 1, *shape, generator=generator).to(device, dtype)
@@ -49,7 +64,10 @@ PAIRWISE_ATTENTION = register(
     Op(
         "pairwise_attention",
         reference=pairwise_attention_reference,
-        impls={"cpu": Impl(pairwise_attention_cpu)},
+        impls={
+            "triton": Impl(_triton, _why_not_triton, triton_unavailable, auto=("cuda",)),
+            "cpu": Impl(pairwise_attention_cpu),
+        },
         cases=(
             _case("tiny-odd", 2, 2, 5, 24),
             _case("no-pairs", 2, 0, 5, 24),

@@ -1,10 +1,10 @@
 """Launch parameters of the attention kernels, looked up in tables: kernels/tuned/<name>.json.
 
-A table is a file per GPU model (`<name>` is torch.cuda.get_device_name in lower case with dashes,
-measured) or per architecture (`sm_80`, `sm_90`: defaults that hold where no measured file exists).
-Each kernel has a list of rows {"dtype", "width", "length", parameters...}; the first row that covers
-the inputs is taken. Nothing is measured or tuned during a run: ranks that tuned for themselves
-would differ in rounding and in when they reach the first collective.
+A table belongs to an architecture (`sm_80`, `sm_90`: defaults for every GPU) or to a GPU model
+(`<name>` is torch.cuda.get_device_name in lower case with dashes), whose kernels replace those of
+the architecture. A kernel has a list of rows {"dtype", "width", "length", parameters...}; the first
+that covers the inputs is taken. Nothing is measured or tuned during a run: ranks that tuned for
+themselves would differ in rounding and in when they reach the first collective.
 """
 
 import functools
@@ -45,11 +45,12 @@ def table_for(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def _table_of_gpu(index: int) -> dict[str, Any]:
-    model = torch.cuda.get_device_name(index).lower().replace(" ", "-")
-    if (TABLES / f"{model}.json").exists():
-        return table(model)
     major, _ = torch.cuda.get_device_capability(index)
-    return table("sm_90" if major >= 9 else "sm_80")
+    of_architecture = table("sm_90" if major >= 9 else "sm_80")
+    model = torch.cuda.get_device_name(index).lower().replace(" ", "-")
+    if not (TABLES / f"{model}.json").exists():
+        return of_architecture
+    return {**of_architecture, **table(model)}
 
 
 @functools.cache

@@ -78,6 +78,8 @@ class ClipLoader:
         self._train = train
         self.device = torch.device(device)
         self.pipeline = _choose(pipeline, train)
+        if workers is not None and workers < 0:
+            raise InputError(f"workers: expected 0 or more, got {workers}")
         cores = len(os.sched_getaffinity(0))
         if workers is None:
             # on a CPU the model needs cores as well

@@ -77,7 +77,7 @@ def test_pruning_keeps_the_newest_and_clears_leftovers(tmp_path):
     for step in range(1, 5):
         save(tmp_path, step)
     (tmp_path / "checkpoints/.tmp-step-9").mkdir()
-    prune(tmp_path, keep=2)
+    prune(tmp_path, 4, keep=2)
     left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert left == ["step-3", "step-4"]
 
@@ -118,7 +118,7 @@ def _save_and_die_at(run: Path, stage: int) -> int:
     os.replace = dying(os.replace)
     shutil.rmtree = dying(shutil.rmtree)
     save(run, 2)
-    prune(run, 1)
+    prune(run, 2, 1)
     os._exit(0)
 
 

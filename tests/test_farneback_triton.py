@@ -88,12 +88,13 @@ def test_labels_equal_the_reference(quick_labels, monkeypatch):
     assert expected.any()
 
 
-def test_parts_of_a_batch_give_what_the_whole_gives(quick_labels, monkeypatch):
+def test_a_batch_gives_its_clips_labels_whole_and_in_parts(quick_labels, monkeypatch):
     options = {"patch_size": 8, "rule": "tau", "tau": 0.3, "std": (0.2, 0.3, 0.4)}
     video = small_video(2, 2, 16, 16)
-    whole = flow_labels(video, **options, impl="reference")
+    expected = flow_labels(video, **options, impl="reference")
+    assert torch.equal(flow_labels(video, **options, impl="triton"), expected)
     monkeypatch.setattr(farneback_triton, "WORKSPACE", 1)
-    assert torch.equal(flow_labels(video, **options, impl="triton"), whole)
+    assert torch.equal(flow_labels(video, **options, impl="triton"), expected)
 
 
 def test_no_clips_and_no_pairs_launch_nothing():

@@ -136,9 +136,18 @@ def test_tau_is_the_smallest_radius_that_moves():
 
 
 def test_minmax_counts_motion_from_one_percent_of_the_range():
-    radius = torch.tensor([2.0, 2.009, 2.011, 3.0])
+    radius = torch.tensor([2.0, 2.99, 3.0, 102.0])
     vectors = torch.stack([radius, torch.zeros(4)])
     assert label_vectors(vectors, tau=None).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("tau", [None, 0.5])
+def test_one_undefined_patch_leaves_a_pair_without_labels_and_other_pairs_alone(tau):
+    vectors = torch.tensor([[[1.0, 2.0, 9.0], [1.0, 2.0, 9.0]]]).repeat(2, 1, 1)
+    vectors[0, 1, 0] = float("nan")
+    labels = label_vectors(vectors, tau)
+    assert not labels[0].any()
+    assert labels[1].any()
 
 
 def test_minmax_keeps_the_slowest_patch_still_and_tau_does_not():

@@ -14,7 +14,8 @@ from timefast.models import keywords
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "kernels": 0, "ops": 0,
-    "models": 1, "losses": 1, "data": 1, "config": 1, "optim": 1, "log": 1, "errors": 0, "device": 1,
+    "models": 1, "losses": 1, "data": 1, "config": 1, "optim": 1, "log": 1, "errors": 0,
+    "device": 1,
     "failures": 1, "meter": 1, "cache": 1,
     "methods": 2, "pipelines": 2,
     "recipes": 3, "checkpoint": 3, "eval": 3, "run_folder": 3, "weights": 3, "convert": 3,

@@ -13,12 +13,20 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_of_the_readme_runs_and_its_shape_comments_hold():
-    (code,) = blocks("python")
     names: dict = {}
-    exec(code, names)
+    for code in blocks("python"):
+        exec(code, names)
     assert names["x"].shape == (2, 8, 196, 12, 64)
     assert names["cls"].shape == (2, 12, 64)
     assert names["directions"].shape == (1, 7, 16)
+
+
+def test_ci_sets_up_and_tests_by_the_commands_of_the_readme():
+    script = (ROOT / ".ci/run").read_text("utf-8").splitlines()
+    first, second = (block.strip() for block in blocks("sh")[:2])
+    assert first.endswith("python -m timefast.train --backbone timesformer")
+    assert second.endswith("python -m pytest")
+    assert script.index(first) < script.index(second)
 
 
 def test_commands_of_the_readme_exist():

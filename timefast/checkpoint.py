@@ -64,6 +64,7 @@ def save_checkpoint(
         index = {"format": FORMAT, "step": step, "sha256": sums}
         (side / "index.json").write_text(json.dumps(index, indent=1), "utf-8")
         _flush(side / "index.json")
+        _flush(side)
         shutil.rmtree(final, ignore_errors=True)  # only ever an incomplete one
         os.replace(side, final)
         _flush(folder)
@@ -73,11 +74,16 @@ def save_checkpoint(
     return final
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a killed run left half-written."""
+def prune(run: Path, step: int, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to `step`, and what a killed run left behind.
+
+    `step` is the one just written. A later one is there only if it was found damaged: it must not
+    push out a sound one, and is replaced when the run comes to it.
+    """
     for leftover in (run / "checkpoints").glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for path in list_checkpoints(run)[keep:]:
+    until_now = [p for p in list_checkpoints(run) if int(p.name.removeprefix("step-")) <= step]
+    for path in until_now[keep:]:
         (path / "index.json").unlink()  # from here on it does not count
         shutil.rmtree(path, ignore_errors=True)
 

@@ -8,6 +8,7 @@ configuration.
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -21,9 +22,17 @@ ALL_LOSSES: tuple[Loss, ...] = ("order", "debias", "flow")
 
 
 def _at_least(config: Any, least: int, *names: str) -> None:
+    """Refuse fields below `least`; one that is None is off."""
     for name in names:
-        if getattr(config, name) < least:
+        value = getattr(config, name)
+        if value is not None and value < least:
             _reject(config, name, f"at least {least}")
+
+
+def _share(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            _reject(config, name, "from 0 up to, not including, 1")
 
 
 def _reject(config: Any, name: str, expected: str) -> NoReturn:
@@ -59,8 +68,9 @@ class ModelConfig:
             _reject(self, "image_size", f"a multiple of patch_size={self.patch_size}")
         if self.dim % self.heads:
             _reject(self, "dim", f"a multiple of heads={self.heads}")
-        if not 0 <= self.drop_path < 1:
-            _reject(self, "drop_path", "from 0 up to, not including, 1")
+        if self.mlp_ratio <= 0:
+            _reject(self, "mlp_ratio", "a positive number")
+        _share(self, "drop_path")
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,12 @@ class DataConfig:
     workers: int | None = _flag(None, "decoding processes (default: from the number of cores)")
     max_bad_fraction: float = _flag(0.01, "stop when more of the videos than this are unusable")
     max_bad_in_a_row: int = _flag(50, "stop when this many videos in a row are unusable")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "workers")
+        _at_least(self, 1, "max_bad_in_a_row")
+        if not 0 <= self.max_bad_fraction <= 1:
+            _reject(self, "max_bad_fraction", "from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,8 @@ class MethodConfig:
     def __post_init__(self) -> None:
         if (self.flow_rule == "tau") != (self.flow_tau is not None):
             _reject(self, "flow_tau", "a number with flow_rule=tau, none with minmax")
+        _at_least(self, 0, "flow_tau", "weight_order", "weight_debias", "weight_flow")
+        _share(self, "smoothing_class", "smoothing_order", "smoothing_flow")
 
     def weights(self) -> tuple[float, float, float]:
         """Weights of (order, debias, flow); 0 for a loss that is not asked for."""
@@ -131,10 +149,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "epochs", "batch_size", "accumulate")
-        if self.max_steps is not None:
-            _at_least(self, 1, "max_steps")
-        if not 0 < self.lr < float("inf"):
-            _reject(self, "lr", "a positive number")
+        _at_least(self, 1, "max_steps")
+        _at_least(self, 0, "weight_decay", "warmup_epochs")
+        _share(self, "beta1", "beta2")
+        for name in ("lr", "eps", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                _reject(self, name, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -157,6 +178,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "eval_every", "shuffles", "log_every", "save_every", "keep")
         _at_least(self, 0, "seed")
+        if self.views[0] < 1 or self.views[1] not in (1, 3):
+            _reject(self, "views", "1 or more temporal x 1 or 3 spatial")
 
 
 @dataclass(frozen=True)
@@ -169,6 +192,10 @@ class TrainConfig:
     method: MethodConfig = MethodConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        if "flow" in self.method.losses and self.model.frames < 2:
+            _reject(self.model, "frames", "at least 2 with the flow loss")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as config.json stores them."""
@@ -274,6 +301,8 @@ def _argument(hint: Any, name: str) -> dict[str, Any]:
 def _parse(hint: Any, text: str, name: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     try:
+        if not text:
+            raise ValueError("it is empty")
         if origin in (typing.Union, types.UnionType):  # Optional[...]
             inner = next(a for a in args if a is not type(None))
             return None if text == "none" else _parse(inner, text, name)
@@ -289,7 +318,9 @@ def _parse(hint: Any, text: str, name: str) -> Any:
             if text not in args:
                 raise ValueError(f"expected one of {', '.join(args)}, got {text!r}")
             return text
-        return hint(text)
+        if hint is float and not math.isfinite(float(text)):
+            raise ValueError("expected a finite number")
+        return hint(text).expanduser() if hint is Path else hint(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
 

@@ -258,9 +258,16 @@ def write_demo_data(
     half a data set, and two processes may make it at once. `workers` is a number of processes
     (None: one per core); it does not change a byte.
 
-    Raises InputError if the folder cannot be written or holds something else.
+    Raises InputError if the folder cannot be written or holds something else, or a size is wrong.
     """
-    root = Path(root).expanduser().absolute()
+    for name, value, least in (
+        ("seed", seed, 0),
+        ("train_per_class", train_per_class, 1),
+        ("val_per_class", val_per_class, 1),
+    ):
+        if value < least:
+            raise InputError(f"{name}: expected at least {least}, got {value}")
+    root = Path(root).expanduser().resolve()  # what a link leads to is replaced, not the link
     manifest = {
         "generator": "timefast.demo_data",
         "version": VERSION,
@@ -400,8 +407,11 @@ def main(argv: list[str] | None = None) -> int:
             workers=args.workers,
         )
     except InputError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(root)
     return 0
 

@@ -30,14 +30,17 @@ def to_console(level: int = logging.INFO) -> None:
 
 
 class JsonLines:
-    """Append-only JSON lines; each line is complete on disk when `write` returns."""
+    """Append-only JSON lines; they are complete in the file when `write` returns.
+
+    What a full disk refuses (OSError) is kept and written with the next lines.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+    def write(self, *records: dict[str, Any]) -> None:
+        self._file.write("".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
         self._file.flush()
 
     def close(self) -> None:

@@ -54,9 +54,15 @@ def make_run_folder(path: Path) -> None:
 def lock_run(path: Path) -> TextIO:
     """Hold the returned file open for as long as the run lasts; the lock dies with the process.
 
+    Forked processes let go of it: a decoding process that outlives a killed run by some seconds
+    would keep the run from being continued.
     Raises InputError naming host, process and start time of the holder when the run is in use.
     """
-    file = (path / ".lock").open("a+", encoding="utf-8")
+    try:
+        file = (path / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}/.lock: cannot be written ({error.strerror})") from error
+    os.register_at_fork(after_in_child=file.close)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -80,7 +86,7 @@ def stored_config(path: Path) -> TrainConfig | None:
         return None
     try:
         return TrainConfig.from_dict(json.loads(file.read_text("utf-8"))["config"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} cannot be read ({error}); choose another --out") from error
 
 
@@ -124,6 +130,8 @@ def versions() -> dict[str, str | None]:
 def git_commit() -> str | None:
     """Commit of the source tree this package runs from, with `+dirty` if it was changed."""
     here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None  # installed, perhaps inside a repository of something else
 
     def git(*args: str) -> str | None:
         try:

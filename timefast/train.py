@@ -20,7 +20,13 @@ from torch import nn
 from tqdm import tqdm
 
 from timefast import __version__
-from timefast.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
+from timefast.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    prune,
+    save_checkpoint,
+)
 from timefast.config import Parser, TrainConfig, add_flags, given_flags
 from timefast.data import open_videos
 from timefast.data.batch import Batch, ClipSpec, Failure
@@ -76,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (RunError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a run folder that went away
+        print(f"error: {error}. Mend it and continue with --resume.", file=sys.stderr)
         return 1
 
 
@@ -144,15 +153,18 @@ class Trainer:
         known = {"auto"}.union(*(op.all_impls() for op in OPS.values()))
         if config.run.impl not in known:
             raise InputError(f"--impl {config.run.impl}: expected {', '.join(sorted(known))}")
-        self.config = config
         self.interrupt = interrupt
         self.device = pick_device(config.run.device)
         share_cores_with_workers(self.device)
         self.autocast, self.precision = autocast_for(self.device, config.run.precision)
         self.videos = open_videos(config.data.root, "train")
         self.validation = open_videos(config.data.root, "validation")
+        # absolute, so that the run can be evaluated and continued from any folder
+        self.config = config = config.replace({("data", "root"): self.videos.root})
         self.spec = clip_spec(config)
-        self.model = build_model(config, len(self.videos.classes)).to(self.device)
+        goes_on = resume and bool(list_checkpoints(config.run.out))
+        self.model = build_model(config, len(self.videos.classes), initial_weights=not goes_on)
+        self.model.to(self.device)
         self.method = TimeMethod(
             self.model,
             weights=config.method.weights(),
@@ -297,7 +309,7 @@ class Trainer:
         """One line of metrics.jsonl; the only place of the loop that waits for the device."""
         values, skipped = window.read()
         line = {"kind": "train", "step": self.step, "epoch": self.epoch, "lr": lr, **values}
-        self.metrics.write(line)
+        self._write_metrics(line)
         progress.show(line)
         if self.board is not None:
             for key in values:
@@ -318,6 +330,12 @@ class Trainer:
                 "--resume continues from the last checkpoint."
             )
 
+    def _write_metrics(self, *lines: dict[str, Any]) -> None:
+        try:
+            self.metrics.write(*lines)
+        except OSError as error:  # what the disk did not take stays in the buffer
+            logger.warning("%s: %s; written with the next line", self.metrics.path, error)
+
     def save(self) -> None:
         """Write a checkpoint. A full disk is a warning; the third in a row ends the run."""
         state = {
@@ -325,6 +343,8 @@ class Trainer:
             "epoch": self.epoch,
             "batch": self.batch,
             "skipped_steps": self.skipped_steps,
+            "precision": self.precision,
+            "data": self.videos.fingerprint(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "failures": self.failures.state(),
@@ -336,7 +356,7 @@ class Trainer:
         }
         try:
             save_checkpoint(self.run_folder, self.step, self.model.state_dict(), state, describe)
-            prune(self.run_folder, self.config.run.keep)
+            prune(self.run_folder, self.step, self.config.run.keep)
             self.failed_saves = 0
         except Exception as error:  # torch, safetensors and the system each raise their own
             self.failed_saves += 1
@@ -353,6 +373,15 @@ class Trainer:
             logger.info("nothing to resume in %s: starting at step 0", self.run_folder)
             return
         found = load_checkpoint(path)
+        then, now = found.state["data"], self.videos.fingerprint()
+        if then != now:
+            raise InputError(
+                f"{self.videos.root} does not hold the training videos that {self.run_folder} began "
+                f"with: {then['videos']} there, {now['videos']} here, or other ids or labels. "
+                "Continue with those (--data), or start a new run in another --out."
+            )
+        # "auto" means another precision on another device; a run keeps the one it began with
+        self.autocast, self.precision = autocast_for(self.device, found.state["precision"])
         self.model.load_state_dict(found.weights)
         self.optimizer.load_state_dict(found.state["optimizer"])
         self.scaler.load_state_dict(found.state["scaler"])
@@ -385,10 +414,12 @@ class Trainer:
         self._note_failures(predictions.failures, predictions.notices)
         subsets = {"all": None, **self.validation.subsets}
         rows = {name: summarise(predictions, self.validation, y) for name, y in subsets.items()}
+        place = {"kind": "eval", "step": self.step, "epoch": self.epoch, "split": "validation"}
+        how = {"protocol": self._protocol(views), "shuffles": draws}
+        self._write_metrics(
+            *({**place, **how, "subset": name, **row} for name, row in rows.items())
+        )
         for name, row in rows.items():
-            place = {"kind": "eval", "step": self.step, "epoch": self.epoch, "split": "validation"}
-            how = {"protocol": self._protocol(views), "subset": name, "shuffles": draws}
-            self.metrics.write({**place, **how, **row})
             if self.board is not None and row["top1"] is not None:
                 self.board.add_scalar(f"eval/{name}/top1", row["top1"], self.step)
                 self.board.add_scalar(f"eval/{name}/shuffled_top1", row["shuffled_top1"], self.step)
@@ -465,6 +496,7 @@ class Trainer:
             "model": self.model.config,
             "classes": list(videos.classes),
             "subsets": {name: list(labels) for name, labels in videos.subsets.items()},
+            "videos": {v.split: v.fingerprint() for v in (videos, self.validation)},
             "clip": dataclasses.asdict(self.spec),
             "versions": versions(),
             "git_commit": git_commit(),
@@ -494,8 +526,13 @@ def clip_spec(config: TrainConfig) -> ClipSpec:
     )
 
 
-def build_model(config: TrainConfig, classes: int) -> VideoTransformer:
-    """A new model with its initial weights; the seed decides every random value of it."""
+def build_model(
+    config: TrainConfig, classes: int, *, initial_weights: bool = True
+) -> VideoTransformer:
+    """A new model; the seed decides every random value of it.
+
+    Without `initial_weights` those of an image model are not read: a checkpoint replaces all.
+    """
     torch.manual_seed(torch_seed(config.run.seed, 0, 0, "initial weights"))
     fields = dataclasses.asdict(config.model)
     weights = fields.pop("weights")
@@ -505,7 +542,7 @@ def build_model(config: TrainConfig, classes: int) -> VideoTransformer:
         impl=config.run.impl,
         time_heads=bool({"order", "flow"} & set(config.method.losses)),
     )
-    if weights != "none":
+    if weights != "none" and initial_weights:
         from timefast.weights import load_imagenet
 
         load_imagenet(model, weights)

@@ -23,8 +23,12 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file; InputError names file, line and column of a mistake."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        found = json.loads(text)
+        if "\\ud" in text.lower():  # an escape may be half a character, which nothing can print
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        return found
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); "
@@ -32,13 +36,15 @@ def read_json(path: Path) -> Any:
         ) from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply to be an annotation file") from error
+    except ValueError as error:  # half a character, a number of thousands of digits
+        raise InputError(f"{path}: no annotation file ({error})") from error
 
 
 def refuse(path: Path, problem: str, offenders: Sequence[str], advice: str) -> None:
     """Raise InputError if there are offenders, showing the first three and counting the rest."""
     if not offenders:
         return
-    shown = "; ".join(offenders[:3])
+    shown = "; ".join(o if len(o) <= 200 else o[:197] + "..." for o in offenders[:3])
     rest = f"; and {len(offenders) - 3} more" if len(offenders) > 3 else ""
     raise InputError(f"{path}: {problem}: {shown}{rest}. {advice}")
 

@@ -34,7 +34,7 @@ OPS = (
     *GEOMETRY,
     *ENHANCE,
 )
-_SPEC = re.compile(r"rand-m(?P<m>[\d.]+)(-mstd(?P<std>[\d.]+))?-inc1(-n(?P<n>\d+))?")
+_SPEC = re.compile(r"rand-m(?P<m>\d+(\.\d+)?)(-mstd(?P<std>\d+(\.\d+)?))?-inc1(-n(?P<n>\d+))?")
 
 
 @dataclass(frozen=True)

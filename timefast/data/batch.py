@@ -1,5 +1,7 @@
 """What flows between the floors: records of a data set, clips and batches."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,13 @@ class VideoSet:
     classes: tuple[str, ...]
     subsets: dict[str, tuple[int, ...]] = field(default_factory=dict)  # "temporal" -> labels
     video_root: Path | None = None  # videos must resolve to a place under it (None: under root)
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """Number of videos, and SHA-256 of class names, ids and labels in their order: equal for
+        one split wherever it lies."""
+        said = [list(self.classes), [[r.id, r.label] for r in self.records]]
+        text = json.dumps(said, separators=(",", ":"))
+        return {"videos": len(self.records), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 @dataclass(frozen=True)

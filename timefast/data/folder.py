@@ -49,7 +49,13 @@ def load_list(root: Path, split: Literal["train", "validation"], path: Path) -> 
 
 def load_classes(root: Path, split: Literal["train", "validation"], folder: Path) -> VideoSet:
     """The records of a folder per class; the two splits must have the same classes."""
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    classes = _class_names(folder)
+    other = find_classes(root, "validation" if split == "train" else "train")
+    if other is not None and (apart := sorted(set(classes) ^ set(_class_names(other)))):
+        raise InputError(
+            f"{folder} and {other} must have the same class folders; only one of them has "
+            f"{', '.join(apart[:3])}{' ...' if len(apart) > 3 else ''}. An empty folder will do"
+        )
     records = tuple(
         Record(str(path.relative_to(folder)), path, label, name)
         for label, name in enumerate(classes)
@@ -62,6 +68,10 @@ def load_classes(root: Path, split: Literal["train", "validation"], folder: Path
             f"{', '.join(sorted(VIDEO_SUFFIXES))} files"
         )
     return VideoSet("folders", split, root, records, classes, subset_labels(root, classes))
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name[0] != "."))
 
 
 def _rows(path: Path) -> list[tuple[str, int]]:

@@ -7,6 +7,8 @@ without them; label values are strings.
 """
 
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +50,7 @@ def load(root: Path, split: Literal["train", "validation"], split_file: Path) ->
     label_of = _labels(labels_file)
     entries = _entries(split_file, label_of, labels_file)
     videos = next(f for n in _VIDEO_FOLDERS if (f := root / n).is_dir()).resolve()
-    suffix = next((s for s in _SUFFIXES if (videos / f"{entries[0][0]}{s}").exists()), ".webm")
+    suffix = _suffix(videos, [id for id, _ in entries[:100]])
     records = tuple(
         Record(id, videos / f"{id}{suffix}", label_of[template], template)
         for id, template in entries
@@ -63,6 +65,12 @@ def load(root: Path, split: Literal["train", "validation"], split_file: Path) ->
         logger.info("%s: %d %s videos, %d classes", split_file, len(records), split, len(classes))
     subsets = subset_labels(root, classes)
     return VideoSet("ssv2", split, root, records, classes, subsets, video_root=videos)
+
+
+def _suffix(videos: Path, ids: Sequence[str]) -> str:
+    """The ending of the first of these videos that is there."""
+    there = (s for id in ids for s in _SUFFIXES if os.path.exists(videos / f"{id}{s}"))
+    return next(there, _SUFFIXES[0])
 
 
 def _labels(path: Path) -> dict[str, int]:
@@ -118,7 +126,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _number(value: Any) -> int | None:
-    if isinstance(value, str) and value.strip().isdecimal():
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 

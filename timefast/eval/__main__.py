@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from timefast.config import Parser
 from timefast.data import open_videos
-from timefast.data.batch import ClipSpec, VideoSet
+from timefast.data.annotation import read_json, read_text
+from timefast.data.batch import ClipSpec, Failure, VideoSet
 from timefast.device import autocast_for, pick_device
 from timefast.errors import InputError
 from timefast.eval.accuracy import predict, protocol, summarise, table
@@ -56,9 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, NotImplementedError) as error:  # the latter: an --impl that cannot run
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 def evaluate(args: Any) -> int:
+    for flag, least in (("batch_size", 1), ("shuffles", 1), ("seed", 0)):
+        if getattr(args, flag) < least:
+            name = flag.replace("_", "-")
+            raise InputError(f"--{name}: expected at least {least}, got {getattr(args, flag)}")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise InputError(
+            f"--json {args.json}: there is no folder {args.json.parent}; make it first"
+        )
     device = pick_device(args.device)
     autocast, precision = autocast_for(device, args.precision)
     model = load_model(args.source, impl=args.impl).to(device).eval()
@@ -74,6 +86,12 @@ def evaluate(args: Any) -> int:
         raise InputError(
             f"{root} has {len(videos.classes)} classes, the model of {args.source} has "
             f"{model.num_classes}; evaluate on the data it was trained for"
+        )
+    if model.classes is not None and tuple(model.classes) != videos.classes:
+        label = next(i for i, name in enumerate(videos.classes) if name != model.classes[i])
+        raise InputError(
+            f"{root} numbers its classes otherwise than the data {args.source} was trained on: "
+            f"{label} is {videos.classes[label]!r} there, {model.classes[label]!r} in the model"
         )
     subset = None if args.subset is None else _subset(args.subset, videos)
     if subset is not None:  # only these videos are decoded
@@ -102,6 +120,7 @@ def evaluate(args: Any) -> int:
     )
     for failure in predictions.failures:
         logger.warning("not evaluated: %s: %s, %s", failure.path, failure.kind, failure.reason)
+    _log_notices(predictions.notices)
     if predictions.failures and not args.allow_missing:
         raise InputError(
             f"{len(predictions.failures)} of {len(videos.records)} videos could not be decoded "
@@ -123,25 +142,33 @@ def evaluate(args: Any) -> int:
             "shuffles": args.shuffles if args.shuffled else 0, "results": rows,
             "failures": [dataclasses.asdict(f) for f in predictions.failures],
         }  # fmt: skip
-        write_json(args.json, result)
+        try:
+            write_json(args.json, result)
+        except OSError as error:
+            raise InputError(f"--json {args.json}: cannot be written ({error.strerror})") from error
     return 0
+
+
+def _log_notices(notices: Sequence[Failure]) -> None:
+    """Per kind how many videos are in the numbers but not quite as asked for, and the first."""
+    for kind in dict.fromkeys(notice.kind for notice in notices):
+        same = [notice for notice in notices if notice.kind == kind]
+        logger.warning(
+            "evaluated, but %s: %d videos, the first %s (%s)",
+            kind, len(same), same[0].path, same[0].reason,
+        )  # fmt: skip
 
 
 def _as_trained(source: Path, model: Any) -> tuple[ClipSpec, tuple[int, int], Path | None]:
     """Clip, views and data folder of a run; for a bare checkpoint what its model implies."""
-    run = next((p for p in (source, *source.parents) if (p / "config.json").exists()), None)
-    if run is not None:
-        stored = json.loads((run / "config.json").read_text("utf-8"))
-        if "clip" in stored:
-            clip: dict[str, Any] = {}
-            for key, value in stored["clip"].items():
-                clip[key] = tuple(value) if isinstance(value, list) else value
+    source = source.absolute()
+    for folder in (source, *source.parents[:3]):  # RUN, RUN/checkpoints/step-<n>, a file in that
+        stored = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+        if isinstance(stored, dict) and "clip" in stored:
+            clip = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["clip"].items()}
             spec = dataclasses.replace(ClipSpec(**clip), flow_rule=None, flow_tau=None)
-            return (
-                spec,
-                tuple(stored["config"]["run"]["views"]),
-                Path(stored["config"]["data"]["root"]),
-            )
+            config = stored["config"]
+            return spec, tuple(config["run"]["views"]), Path(config["data"]["root"])
     size = model.config["image_size"]
     spec = ClipSpec(
         frames=model.frames,
@@ -170,7 +197,7 @@ def _subset(name: str, videos: VideoSet) -> tuple[int, ...]:
     if not file.is_file():
         known = ", ".join(videos.subsets) or "none here"
         raise InputError(f"--subset {name}: neither a file nor a subset of this data set ({known})")
-    wanted = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    wanted = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     labels = {name: i for i, name in enumerate(videos.classes)}
     unknown = [w for w in wanted if w not in labels]
     if unknown or not wanted:

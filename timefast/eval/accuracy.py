@@ -4,6 +4,7 @@ Nothing is ever substituted here: a video that cannot be decoded is missing from
 counted, and marks them.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -113,7 +114,8 @@ def summarise(
 
     Keys: videos_expected, videos_evaluated, videos_failed, top1, top5, confidence (mean largest
     probability, 0..1), and with draws shuffled_top1, shuffled_top1_spread (sample standard
-    deviation over draws), shuffled_confidence, gap. Numbers of nothing are None.
+    deviation over draws), shuffled_confidence, gap. Numbers of nothing are None, as is the
+    confidence of a model whose answers are not finite.
     """
     wanted = set(range(len(videos.classes)) if labels is None else labels)
     keep = torch.tensor([int(y) in wanted for y in predictions.label], dtype=torch.bool)
@@ -147,7 +149,7 @@ def summarise(
             result["shuffled_top1_spread"] = draws.std().item()
         result["shuffled_confidence"] = shuffled.max(2).values.mean().item()
         result["gap"] = result["top1"] - result["shuffled_top1"]
-    return result
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in result.items()}
 
 
 def protocol(
