@@ -47,6 +47,26 @@ def _space(attention: Op, *tokens: Tensor, frame_weight: None = None) -> tuple[T
     return out[:, :, 1:], out[:, :, 0].mean(1)
 
 
+def _shift(attention: Op, q: Tensor, k: Tensor, v: Tensor, *, shift_div: int) -> Tensor:
+    """Around an attention of [sequences, H, S, D]: one sequence per frame, keys and values copied
+    with channels of other frames. The published form turns them to tokens last before that."""
+    heads = q.shape[3:]
+    fold = heads.numel() // shift_div
+
+    def shifted(x: Tensor) -> Tensor:
+        x = x.flatten(3)  # [B, T, S, C]
+        if attention is _materialised:
+            x = x.transpose(2, 3).contiguous().transpose(2, 3)
+        out = torch.zeros_like(x)
+        out[:, :-1, :, :fold] = x[:, 1:, :, :fold]
+        out[:, 1:, :, fold : 2 * fold] = x[:, :-1, :, fold : 2 * fold]
+        out[..., 2 * fold :] = x[..., 2 * fold :]
+        return out.unflatten(3, heads)
+
+    frames = (x.flatten(0, 1).transpose(1, 2) for x in (q, shifted(k), shifted(v)))
+    return attention(*frames).transpose(1, 2).unflatten(0, q.shape[:2])
+
+
 def _materialised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
@@ -66,6 +86,7 @@ FORMS = {
 AROUND = {
     "time_attention": _time,
     "space_attention": _space,
+    "shift_attention": _shift,
     "pairwise_attention": lambda attention, *tokens: attention(*tokens),
 }
 
@@ -169,6 +190,8 @@ def _flops(name: str, args: tuple[Tensor, ...]) -> float | None:
         return 4.0 * clips * patches * heads * frames**2 * width
     if name == "space_attention":
         return 4.0 * clips * frames * heads * (1 + patches) ** 2 * width
+    if name == "shift_attention":  # its patches are all tokens
+        return 4.0 * clips * frames * heads * patches**2 * width
     return None
 
 

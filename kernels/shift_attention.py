@@ -17,8 +17,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.autograd.function import once_differentiable
 
-from timefast.kernels.matmul_attention import MAX_LENGTH, MatmulAttention
+from timefast.kernels.matmul_attention import (
+    MAX_LENGTH,
+    MatmulAttention,
+    attend,
+    attend_grad,
+    columns,
+    rows,
+)
 from timefast.kernels.op import (
     Case,
     Impl,
@@ -32,6 +40,8 @@ from timefast.kernels.op import (
     why_not_triton,
 )
 
+Index = tuple[slice, ...]
+
 
 @in_float32
 def shift_attention_reference(
@@ -43,32 +53,87 @@ def shift_attention_reference(
 
 
 def shift_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, shift_div: int, scale: float) -> Tensor:
-    frames, _, heads, width = q.shape[1:]
+    frames, tokens, heads, width = q.shape[1:]
+    by_matmul = q.device.type == "cpu" and tokens <= MAX_LENGTH
     fold = heads * width // shift_div
     if fold % width:
-        return _attend(q, _shifted(k, shift_div), _shifted(v, shift_div), scale)
-    first, second = fold // width, min(2 * fold // width, heads)
+        k, v = _shifted(k, shift_div), _shifted(v, shift_div)
+        if by_matmul:
+            return MatmulAttention.apply(q, k, v, scale, (0, 1, 3, 2, 4))  # as [B, T, H, S, D]
+        return _by_sdpa(q, k, v, scale)
+    if by_matmul:
+        return _MatmulShift.apply(q, k, v, fold // width, scale)
     pieces = []
-    for start, end, offset in ((0, first, 1), (first, second, -1), (second, heads, 0)):
-        if start == end:
-            continue
-        asking = slice(max(0, -offset), max(0, frames - max(0, offset)))
-        asked = slice(max(0, offset), max(0, frames - max(0, -offset)))
-        out = _attend(
-            q[:, asking, :, start:end], k[:, asked, :, start:end], v[:, asked, :, start:end], scale
-        )
-        pieces.append(F.pad(out, (0, 0, 0, 0, 0, 0, max(0, -offset), max(0, offset))))
+    for asking, asked in _pieces(frames, heads, fold // width):
+        out = _by_sdpa(q[asking], k[asked], v[asked], scale)
+        pieces.append(F.pad(out, (0, 0, 0, 0, 0, 0, asking[1].start, frames - asking[1].stop)))
     return torch.cat(pieces, dim=3)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention within each frame of [B, T, S, H, D]."""
-    if q.device.type == "cpu" and q.shape[2] <= MAX_LENGTH:
-        return MatmulAttention.apply(q, k, v, scale, (0, 1, 3, 2, 4))  # as [B, T, H, S, D]
     frames = q.shape[:2]
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B*T, H, S, D]
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).unflatten(0, frames)
+
+
+def _pieces(frames: int, heads: int, fold: int) -> list[tuple[Index, Index]]:
+    """Where queries are and where the keys and values that they see, in [B, T, S, H, D]: the heads
+    that look ahead, those that look back and the others. A fold is a number of heads here."""
+    pieces = []
+    everything = slice(None)
+    borders = (0, fold, min(2 * fold, heads), heads)
+    for start, end, offset in zip(borders[:-1], borders[1:], (1, -1, 0), strict=True):
+        ahead, back = max(0, offset), max(0, -offset)
+        for_heads = slice(start, end)
+        asking = (everything, slice(back, max(back, frames - ahead)), everything, for_heads)
+        asked = (everything, slice(ahead, max(ahead, frames - back)), everything, for_heads)
+        if start < end:
+            pieces.append((asking, asked))
+    return pieces
+
+
+class _MatmulShift(torch.autograd.Function):
+    """As MatmulAttention, with the shift in the copies that are made anyway: a piece of the heads
+    at a time, from one frame to another. What no piece writes to is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, fold: int, scale: float) -> Tensor:
+        ctx.pieces, ctx.scale = _pieces(q.shape[1], q.shape[3], fold), scale
+        out = q.new_zeros(q.shape)
+        saved = []
+        for asking, asked in ctx.pieces:
+            tokens = (
+                rows(_heads_first(q, asking)),
+                columns(_heads_first(k, asked)),
+                rows(_heads_first(v, asked)),
+            )
+            values, p = attend(tokens, scale)
+            _write(out, asking, values)
+            saved += [*tokens, p]
+        ctx.save_for_backward(*saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [grad.new_zeros(grad.shape) for _ in range(3)]
+        for i, (asking, asked) in enumerate(ctx.pieces):
+            saved = ctx.saved_tensors[4 * i : 4 * i + 4]
+            found = attend_grad(rows(_heads_first(grad, asking)), saved, ctx.scale)
+            for x, index, piece in zip(grads, (asking, asked, asked), found, strict=True):
+                _write(x, index, piece)
+        return *grads, None, None
+
+
+def _heads_first(x: Tensor, piece: Index) -> Tensor:
+    return x[piece].transpose(2, 3)  # [B, T, H, S, D]
+
+
+def _write(x: Tensor, piece: Index, value: Tensor) -> None:
+    place = _heads_first(x, piece)
+    place.copy_(value.view(place.shape))
 
 
 def _shifted(x: Tensor, shift_div: int) -> Tensor:

@@ -105,10 +105,10 @@ def _trajectory_attention_triton(
 
 def _why_not_trajectory_triton(q: Tensor, *others: Any, **kwargs: Any) -> list[str]:
     reasons = why_not_triton(q, max_width=128)
-    if q.shape[1] > 128:
-        reasons.append(f"q has {q.shape[1]} frames; triton takes 1 to 128")
-    if q.shape[3] > 64:
-        reasons.append(f"q has {q.shape[3]} heads; triton takes 1 to 64")
+    if q.shape[1] > 64:
+        reasons.append(f"q has {q.shape[1]} frames; triton takes 1 to 64")
+    if q.shape[3] > 32:
+        reasons.append(f"q has {q.shape[3]} heads; triton takes 1 to 32")
     return reasons
 
 
