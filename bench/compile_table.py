@@ -157,7 +157,7 @@ def _page(rows: list[dict[str, Any]]) -> str:
 
     head = "| kernel | dtype | D | T or N | parameters | registers | spills | shared | uses |"
     text = [
-        "# What the compiler makes of the divided attention kernels",
+        "# What the compiler makes of the attention kernels",
         "",
         f"Written by `python -m bench.compile_table` with Triton {triton.__version__}; none of it "
         "was run on a GPU.",

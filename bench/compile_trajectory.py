@@ -59,7 +59,8 @@ def main() -> None:
         (32, 64, 24, 128),
     ]
     print(
-        "| kernel | variants | registers | spills | stack | shared bytes |\n|---|---|---|---|---|---|"
+        "| kernel | variants | registers | spills | stack | shared bytes |\n"
+        "|---|---|---|---|---|---|"
     )
     for cc in TABLES:
         rows: dict[str, list[dict[str, Any]]] = {}

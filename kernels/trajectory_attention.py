@@ -95,9 +95,7 @@ def trajectory_attention_cpu(*args: Any, values: str, scale: float) -> tuple[Ten
     return _Absorbed.apply(*args, values == "projected", scale)
 
 
-def _trajectory_attention_triton(
-    *args: Any, values: str, scale: float
-) -> tuple[Tensor, Tensor]:
+def _trajectory_attention_triton(*args: Any, values: str, scale: float) -> tuple[Tensor, Tensor]:
     from timefast.kernels.trajectory_attention_triton import trajectory_attention_op
 
     return trajectory_attention_op(*args, values == "projected", scale)[:2]

@@ -1,7 +1,8 @@
 """Trajectory attention in Triton, imported when `trajectory_attention` is first asked for it.
 
-Letters: B clips, T frames, N patches per frame, S = T * N, H heads, D head width, C = H * D; DP, TP,
-HP: D, T and H rounded up to a power of two. docs/kernels/trajectory_attention.md has the derivation.
+Letters: B clips, T frames, N patches per frame, S = T * N, H heads, D head width, C = H * D;
+DP, TP, HP: D, T and H rounded up to a power of two. docs/kernels/trajectory_attention.md has the
+derivation.
 
     frames  forward: one program holds a tile of queries of one clip and head and runs over all
             frames, with an online softmax over each frame's keys. It writes x, the answers of

@@ -82,6 +82,15 @@ def test_pruning_keeps_the_newest_and_clears_leftovers(tmp_path):
     assert left == ["step-3", "step-4"]
 
 
+def test_a_damaged_later_checkpoint_does_not_push_out_the_sound_one_just_written(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints/step-2/state.pt").write_bytes(b"")
+    save(tmp_path, 1)  # what a run writes that went on from step 0
+    prune(tmp_path, 1, keep=1)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints/step-1"
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_alone(tmp_path, monkeypatch):
     save(tmp_path, 1)
 

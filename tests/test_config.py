@@ -82,6 +82,26 @@ def test_impossible_values_name_the_flag():
         RECIPES["demo"]().replace({("method", "flow_tau"): None})
 
 
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--lr", "nan"), ("--lr", "0"), ("--weight-decay", "-1"), ("--beta1", "1"),
+        ("--eps", "0"), ("--warmup-epochs", "-1"), ("--clip-grad", "-1"), ("--clip-grad", "inf"),
+        ("--smoothing-order", "1"), ("--smoothing-class", "-0.1"), ("--weight-flow", "-1"),
+        ("--flow-tau", "-1"), ("--mlp-ratio", "0"), ("--frames", "1"), ("--views", "1x2"),
+        ("--views", "0x1"), ("--workers", "-1"), ("--max-bad-fraction", "2"),
+        ("--max-bad-in-a-row", "0"), ("--out", ""), ("--data", ""), ("--seed", "-1"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_work_are_refused_before_any_work(flag, value, capsys):
+    with pytest.raises((InputError, SystemExit)) as refused:
+        RECIPES["demo"]().replace(parse(flag, value))
+    if isinstance(refused.value, SystemExit):
+        assert refused.value.code == 2 and flag in capsys.readouterr().err
+    else:
+        assert str(refused.value).startswith(flag)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_survive_the_round_trip_to_json(name):
     config = RECIPES[name]()
@@ -109,11 +129,21 @@ def test_the_recipe_follows_from_backbone_and_data():
 
 def test_published_recipe_has_the_published_numbers():
     config = RECIPES["time_timesformer_ssv2"]()
-    assert (config.optim.lr, config.optim.epochs, config.optim.batch_size) == (1e-4, 35, 64)
-    assert config.optim.amsgrad and config.optim.decay_embeddings
-    assert config.optim.lr_steps == (20, 30)
-    assert config.method.flow_rule == "minmax"
-    assert config.method.weights() == (1.0, 1.0, 1.0)
+    optim, model, data, method = config.optim, config.model, config.data, config.method
+    assert (optim.lr, optim.epochs, optim.batch_size, optim.accumulate) == (1e-4, 35, 64, 1)
+    assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay) == (0.9, 0.999, 1e-8, 0.05)
+    assert optim.amsgrad and optim.decay_embeddings
+    assert (optim.schedule, optim.lr_steps, optim.warmup_epochs) == ("step", (20, 30), 0)
+    assert optim.clip_grad is None and config.run.seed == 0
+    assert (method.flow_rule, method.flow_tau) == ("minmax", None)
+    assert method.weights() == (1.0, 1.0, 1.0)
+    smoothing = method.smoothing_class, method.smoothing_order, method.smoothing_flow
+    assert smoothing == (0.2, 0.2, 0.2)
+    assert (model.frames, model.image_size, model.patch_size, model.drop_path) == (8, 224, 16, 0.1)
+    assert (model.weights, model.init) == ("imagenet", "published")
+    assert (data.short_side, data.test_short_side) == ((256, 320), 224)
+    assert data.rand_augment == "rand-m20-mstd0.5-inc1"
+    assert config.run.views == (1, 3)
 
 
 def test_a_stored_field_that_nobody_knows_is_refused():

@@ -68,6 +68,20 @@ def test_video_folder_of_the_download_and_other_endings_are_found(tmp_path):
     assert path == tmp_path / "20bn-something-something-v2" / "7.mp4"
 
 
+def test_ending_is_that_of_the_first_video_that_is_there(tmp_path):
+    write_set(tmp_path, entries=[{**ENTRIES[0], "id": "x" * 300}, *ENTRIES])
+    (tmp_path / "videos/8.mp4").touch()
+    assert open_videos(tmp_path, "train").records[2].path.exists()
+
+
+def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+    one, two = (open_videos(write_set(tmp_path / k), "train").fingerprint() for k in "ab")
+    assert one == two and one["videos"] == 2
+    for labels, entries in ((LABELS, ENTRIES[::-1]), ({**LABELS, "Eating": "3"}, ENTRIES)):
+        other = open_videos(write_set(tmp_path / "c", labels, entries), "train")
+        assert other.fingerprint() != one
+
+
 def test_video_folder_may_be_a_link(tmp_path):
     write_set(tmp_path / "set")
     (tmp_path / "disk").mkdir()
@@ -126,6 +140,18 @@ def test_folder_per_class_is_read(tmp_path):
     ]
 
 
+def test_class_folders_of_the_two_splits_must_agree(tmp_path):
+    for name in ("train/run/1.mp4", "train/walk/2.mp4", "val/walk/3.mp4", "train/.git/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for split in ("train", "validation"):
+        with pytest.raises(InputError, match="only one of them has run"):
+            open_videos(tmp_path, split)
+    (tmp_path / "val/run").mkdir()
+    assert open_videos(tmp_path, "validation").records[0].label == 1
+    assert open_videos(tmp_path, "train").classes == ("run", "walk")
+
+
 # -- subsets
 
 
@@ -179,6 +205,8 @@ def test_broken_json_is_located(tmp_path):
         (b'{"7": "Moving something up"}', "expected [{"),
         (b"null", "null"),
         (b"[" * 100_000, "not valid JSON|nested too deeply"),
+        (b'[{"id": ' + b"1" * 5000 + b', "template": "Folding something"}]', "digits"),
+        (b'[{"id": "\\ud800", "template": "Folding something"}]', "surrogates"),
     ],
 )
 def test_split_file_of_the_wrong_kind_is_refused(tmp_path, raw, says):
@@ -202,6 +230,7 @@ def entries_with(**changes):
         ({**LABELS, "Eating something": "2"}, ENTRIES, "given twice: 'Eating something'"),
         ({}, ENTRIES, "an empty object"),
         ([1], ENTRIES, "got a list"),
+        ({**LABELS, "Eating something": "1" * 5000}, ENTRIES, "not numbers"),
     ],
 )
 def test_files_that_do_not_fit_name_the_first_three_offenders(tmp_path, labels, entries, says):

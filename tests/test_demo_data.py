@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from timefast import demo_data
+from timefast.cache import cache_folder
 from timefast.data import open_videos
 from timefast.demo_data import CLASSES, TEMPORAL, main, render, write_demo_data
 from timefast.errors import InputError
@@ -166,6 +167,29 @@ def test_second_process_making_the_same_set_keeps_the_first_one(tmp_path, monkey
     root = write_demo_data(tmp_path / "set", **TINY)
     assert (root / "first").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_link_to_an_empty_folder_is_filled_and_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "set").symlink_to(tmp_path / "disk")
+    write_demo_data(tmp_path / "set", **TINY)
+    assert (tmp_path / "set").is_symlink() and (tmp_path / "disk/manifest.json").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"train_per_class": 0}, {"val_per_class": -2}])
+def test_sizes_that_make_no_set_are_refused(tmp_path, wrong):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))}: expected at least"):
+        write_demo_data(tmp_path / "set", **{**TINY, **wrong})
+    assert not (tmp_path / "set").exists()
+
+
+def test_user_without_a_home_has_a_cache_folder(tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("timefast.cache.Path.home", no_home)
+    assert cache_folder().is_absolute()
 
 
 def test_unwritable_target_is_one_message_and_exit_code_2(tmp_path, capsys):

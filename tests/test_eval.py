@@ -1,6 +1,7 @@
 """Evaluation: what is counted, what is averaged, what is refused."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -152,6 +153,44 @@ def test_a_subset_may_be_named_or_listed_in_a_file(run, tmp_path, capsys):
     assert main([str(run), "--subset", "nope"]) == 2
 
 
+def test_a_checkpoint_knows_its_run_from_whatever_folder_one_stands_in(run, monkeypatch, capsys):
+    monkeypatch.chdir(run / "checkpoints")
+    assert main(["step-1", "--workers", "0"]) == 0
+    assert main(["step-1/model.safetensors", "--workers", "0"]) == 0
+    assert capsys.readouterr().out.count("12/12") == 2
+
+
+def test_classes_in_another_order_are_refused(run, tmp_path, capsys):
+    config = json.loads((run / "config.json").read_text())
+    swapped = tmp_path / "data"
+    shutil.copytree(config["config"]["data"]["root"], swapped)
+    file = swapped / "something-something-v2-labels.json"
+    labels = json.loads(file.read_text())
+    one, two = list(labels)[2:4]
+    labels[one], labels[two] = labels[two], labels[one]
+    file.write_text(json.dumps(labels))
+    assert main([str(run), "--data", str(swapped), "--workers", "0"]) == 2
+    message = capsys.readouterr().err
+    assert one in message and two in message
+
+
+def test_views_that_coincide_are_said(run, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("timefast"), "propagate", True)
+    monkeypatch.setattr("timefast.eval.__main__.to_console", lambda: None)
+    assert main([str(run), "--views", "30x1", "--subset", "static", "--workers", "0"]) == 0
+    assert "views-collapsed: 4 videos" in caplog.text
+
+
+def test_answers_that_are_not_finite_leave_no_confidence(tmp_path):
+    predictions = Predictions(
+        sample=torch.arange(1),
+        label=torch.tensor([0]),
+        original=torch.full((1, 4), float("nan")),
+        shuffled=torch.zeros(0, 1, 4),
+    )
+    assert summarise(predictions, video_set(tmp_path, [0]))["confidence"] is None
+
+
 def test_no_headline_number_when_videos_are_missing(run, tmp_path, capsys):
     config = json.loads((run / "config.json").read_text())
     broken = tmp_path / "data"
@@ -167,8 +206,14 @@ def test_no_headline_number_when_videos_are_missing(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["/no/such/run"], ["--views", "2y3"], ["--views", "1x2"]], ids=str
-)
+    "flags",
+    [
+        ["/no/such/run"], ["--views", "2y3"], ["--views", "1x2"], ["--json", "/no/such/x.json"],
+        ["--shuffles", "0"], ["--seed", "-1"], ["--batch-size", "0"], ["--workers", "-1"],
+        ["--impl", "quick"], ["--device", "meta"], ["--subset", __file__],
+    ],
+    ids=str,
+)  # fmt: skip
 def test_wrong_input_ends_with_2(run, flags, capsys):
     source = [] if flags[0].startswith("/") else [str(run)]
     try:

@@ -1,7 +1,11 @@
 """The training loop: what a run leaves behind, exact resume, faults on the way."""
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +23,7 @@ from timefast.methods.time_ssl import TimeMethod
 from timefast.run_folder import lock_run
 from timefast.train import main
 
+AS_FP32 = contextlib.nullcontext, "fp32"
 TINY = ["--recipe", "demo", "--depth", "1", "--dim", "32", "--heads", "2", "--device", "cpu"]
 TINY += ["--batch-size", "6", "--log-every", "1", "--shuffles", "1", "--workers", "0"]
 
@@ -159,6 +164,44 @@ def test_two_runs_do_not_write_to_one_folder(data, tmp_path, capsys):
     assert f"pid {os.getpid()}" in capsys.readouterr().err
 
 
+def test_a_process_that_was_forked_does_not_hold_the_lock(tmp_path):
+    """As a decoding process does that lives on for seconds after its run was killed."""
+    lock = lock_run(tmp_path)
+    child = os.fork()
+    if not child:
+        time.sleep(30)
+        os._exit(0)
+    lock.close()
+    try:
+        lock_run(tmp_path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_run_is_not_continued_on_other_videos(data, tmp_path, capsys):
+    run, moved, other = tmp_path / "run", tmp_path / "moved", tmp_path / "other"
+    assert train(data, run, "--max-steps", "3") == 0
+    shutil.copytree(data, moved)
+    assert main(["--resume", "--out", str(run), "--data", str(moved), "--max-steps", "4"]) == 0
+    shutil.copytree(data, other)
+    entries = json.loads((other / "something-something-v2-train.json").read_text())
+    (other / "something-something-v2-train.json").write_text(json.dumps(entries[:7]))
+    assert main(["--resume", "--out", str(run), "--data", str(other), "--max-steps", "9"]) == 2
+    assert "24 then, 7 now" in capsys.readouterr().err
+
+
+def test_continuing_needs_no_image_model_and_keeps_the_precision(data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    read = []
+    monkeypatch.setattr("timefast.weights.load_imagenet", lambda *given: read.append(given))
+    assert train(data, run, "--max-steps", "1", "--weights", "imagenet") == 0
+    assert len(read) == 1
+    monkeypatch.setattr("timefast.train.autocast_for", lambda *given: read.append(given) or AS_FP32)
+    assert main(["--resume", "--out", str(run), "--max-steps", "2"]) == 0
+    assert len(read) == 3 and read[2][1] == "fp32"
+
+
 def test_accumulated_gradients_equal_one_large_batch(data, tmp_path):
     """Two halves of a batch, the last step of the epoch with fewer clips than the others."""
     common = ["--losses", "order,flow", "--drop-path", "0", "--epochs", "1", "--eval-every", "9"]
@@ -239,6 +282,50 @@ def test_a_full_disk_is_a_warning_and_the_third_time_an_error(data, tmp_path, mo
     assert train(data, tmp_path / "b", "--max-steps", "3", "--save-every", "1") == 1
 
 
+def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(data, tmp_path, monkeypatch):
+    """An open file whose second flush fails, as on a disk that has room again later."""
+    run = tmp_path / "run"
+    calls = []
+
+    class Full(io.FileIO):
+        def write(self, raw):
+            calls.append(0)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            return super().write(raw)
+
+    def opened(lines, path):
+        lines.path = path
+        lines._file = io.TextIOWrapper(io.BufferedWriter(Full(path, "ab")), encoding="utf-8")
+
+    monkeypatch.setattr("timefast.log.JsonLines.__init__", opened)
+    assert train(data, run, "--max-steps", "3") == 0
+    assert [line["step"] for line in lines(run, "train")] == [1, 2, 3]
+
+
+def test_a_run_folder_that_goes_away_is_one_message(data, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    monkeypatch.setattr("timefast.train.save_checkpoint", lambda *_: shutil.rmtree(run))
+    assert train(data, run, "--max-steps", "1") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ") and str(run) in message
+
+
+def test_a_decoding_process_that_is_killed_ends_the_run_with_a_message(
+    data, tmp_path, monkeypatch, capsys
+):
+    real = TimeMethod.training_loss
+
+    def then_kill(*given):
+        for process in multiprocessing.active_children():
+            process.kill()
+        return real(*given)
+
+    monkeypatch.setattr(TimeMethod, "training_loss", then_kill)
+    assert train(data, tmp_path / "run", "--workers", "1") == 1
+    assert "a decoding process ended" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -269,3 +356,6 @@ def test_paths_may_be_relative(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*TINY, "--data", os.path.relpath(data), "--out", "x/y", "--max-steps", "1"]) == 0
     assert Path("x/y/report.html").exists()
+    config = json.loads(Path("x/y/config.json").read_text())
+    assert config["config"]["data"]["root"] == str(data)
+    assert config["videos"]["train"]["videos"] == 24

@@ -1,4 +1,4 @@
-"""Which device and which precision a command computes with."""
+"""Which device, precision and implementations of ops a command computes with."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from timefast.errors import InputError
+from timefast.kernels.op import OPS
 
 
 def pick_device(name: str) -> torch.device:
@@ -30,6 +31,13 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here"
         )
     return device
+
+
+def check_impl(name: str) -> None:
+    """Raise InputError for an implementation that no op has, before any work is done."""
+    known = {"auto"}.union(*(op.all_impls() for op in OPS.values()))
+    if name not in known:
+        raise InputError(f"--impl {name}: expected {', '.join(sorted(known))}")
 
 
 def autocast_for(device: torch.device, precision: str) -> tuple[Callable[[], Any], str]:

@@ -31,7 +31,13 @@ from timefast.config import Parser, TrainConfig, add_flags, given_flags
 from timefast.data import open_videos
 from timefast.data.batch import Batch, ClipSpec, Failure
 from timefast.data.rng import generator, torch_seed
-from timefast.device import autocast_for, device_name, pick_device, share_cores_with_workers
+from timefast.device import (
+    autocast_for,
+    check_impl,
+    device_name,
+    pick_device,
+    share_cores_with_workers,
+)
 from timefast.errors import InputError, RunError
 from timefast.eval.accuracy import predict, protocol, summarise, table
 from timefast.failures import FailureLog
@@ -85,6 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:  # a full disk, a run folder that went away
         print(f"error: {error}. Mend it and continue with --resume.", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # torch has no type of its own for it
+            raise
+        print(
+            f"error: a decoding process ended: {error} If there was no memory left for it, use "
+            "fewer --workers. Continue with --resume.",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -150,9 +165,8 @@ class Trainer:
 
             config = config.replace({("data", "root"): demo_data_folder()})
         assert config.data.root is not None and config.run.out is not None
-        known = {"auto"}.union(*(op.all_impls() for op in OPS.values()))
-        if config.run.impl not in known:
-            raise InputError(f"--impl {config.run.impl}: expected {', '.join(sorted(known))}")
+        self.run_folder = config.run.out
+        check_impl(config.run.impl)
         self.interrupt = interrupt
         self.device = pick_device(config.run.device)
         share_cores_with_workers(self.device)
@@ -162,7 +176,7 @@ class Trainer:
         # absolute, so that the run can be evaluated and continued from any folder
         self.config = config = config.replace({("data", "root"): self.videos.root})
         self.spec = clip_spec(config)
-        goes_on = resume and bool(list_checkpoints(config.run.out))
+        goes_on = resume and bool(list_checkpoints(self.run_folder))
         self.model = build_model(config, len(self.videos.classes), initial_weights=not goes_on)
         self.model.to(self.device)
         self.method = TimeMethod(
@@ -186,7 +200,6 @@ class Trainer:
         if config.optim.max_steps is not None:
             self.last_step = min(self.last_step, config.optim.max_steps)
 
-        self.run_folder = config.run.out
         make_run_folder(self.run_folder)
         self.lock = lock_run(self.run_folder)
         failures = self.run_folder / "failures.jsonl"
@@ -376,8 +389,8 @@ class Trainer:
         then, now = found.state["data"], self.videos.fingerprint()
         if then != now:
             raise InputError(
-                f"{self.videos.root} does not hold the training videos that {self.run_folder} began "
-                f"with: {then['videos']} there, {now['videos']} here, or other ids or labels. "
+                f"{self.videos.root} does not hold the training videos {self.run_folder} began "
+                f"with: {then['videos']} then, {now['videos']} now, or other ids or labels. "
                 "Continue with those (--data), or start a new run in another --out."
             )
         # "auto" means another precision on another device; a run keeps the one it began with

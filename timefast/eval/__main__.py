@@ -5,7 +5,6 @@ SOURCE is a run folder of this project or a checkpoint file of any family `load_
 
 import argparse
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from timefast.config import Parser
 from timefast.data import open_videos
 from timefast.data.annotation import read_json, read_text
 from timefast.data.batch import ClipSpec, Failure, VideoSet
-from timefast.device import autocast_for, pick_device
+from timefast.device import autocast_for, check_impl, pick_device
 from timefast.errors import InputError
 from timefast.eval.accuracy import predict, protocol, summarise, table
 from timefast.log import to_console
@@ -68,9 +67,8 @@ def evaluate(args: Any) -> int:
             name = flag.replace("_", "-")
             raise InputError(f"--{name}: expected at least {least}, got {getattr(args, flag)}")
     if args.json is not None and not args.json.parent.is_dir():
-        raise InputError(
-            f"--json {args.json}: there is no folder {args.json.parent}; make it first"
-        )
+        raise InputError(f"--json {args.json}: there is no folder {args.json.parent}")
+    check_impl(args.impl)
     device = pick_device(args.device)
     autocast, precision = autocast_for(device, args.precision)
     model = load_model(args.source, impl=args.impl).to(device).eval()
@@ -165,7 +163,9 @@ def _as_trained(source: Path, model: Any) -> tuple[ClipSpec, tuple[int, int], Pa
     for folder in (source, *source.parents[:3]):  # RUN, RUN/checkpoints/step-<n>, a file in that
         stored = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
         if isinstance(stored, dict) and "clip" in stored:
-            clip = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["clip"].items()}
+            clip: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in stored["clip"].items()
+            }
             spec = dataclasses.replace(ClipSpec(**clip), flow_rule=None, flow_tau=None)
             config = stored["config"]
             return spec, tuple(config["run"]["views"]), Path(config["data"]["root"])
