@@ -174,7 +174,7 @@ def _error(
     out = out if isinstance(out, tuple) else (out,)
     true = (*out, *torch.autograd.grad(out, wide, [g.float() for g in upstream]))
     # A gradient that is zero but for rounding is measured against the others.
-    scale = [t.norm().clamp(min=1e-3 * max(x.norm() for x in true)) for t in true]
+    scale = [t.norm().clamp(min=1e-2 * max(x.norm() for x in true)) for t in true]
     return max(
         ((g.float() - t).norm() / s).item() for g, t, s in zip(got, true, scale, strict=True)
     )

@@ -5,6 +5,7 @@ python -m bench.compile_trajectory --few    # the paper's shape, as one JSON obj
 """
 
 import argparse
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -43,6 +44,27 @@ def readings(cc: int, run: Callable[[], Any]) -> list[dict[str, Any]]:
     return [compiled(kernel, launch, cc) for kernel, launch in wanted]
 
 
+def print_table(runs: list[tuple[torch.dtype, Callable[[], Any]]]) -> None:
+    """Per kernel, dtype and target the smallest and largest reading over all runs."""
+    print(
+        "| kernel | variants | registers | spills | stack | shared bytes |\n"
+        "|---|---|---|---|---|---|"
+    )
+    for cc in TABLES:
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for dtype, run in runs:
+            for row in readings(cc, run):
+                name = f"{row['kernel']}, {str(dtype).removeprefix('torch.')}"
+                if row not in rows.setdefault(name, []):
+                    rows[name].append(row)
+        for name, found in rows.items():
+            cells = []
+            for key in ("registers", "spills", "stack", "shared"):
+                values = [row[key] for row in found]
+                cells.append("-".join(str(x) for x in sorted({min(values), max(values)})))
+            print(f"| {name}, sm_{cc} | {len(found)} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--few", action="store_true", help="only the paper's shape, as JSON")
@@ -58,25 +80,8 @@ def main() -> None:
         (4, 17, 3, 32),
         (32, 64, 24, 128),
     ]
-    print(
-        "| kernel | variants | registers | spills | stack | shared bytes |\n"
-        "|---|---|---|---|---|---|"
-    )
-    for cc in TABLES:
-        rows: dict[str, list[dict[str, Any]]] = {}
-        for shape, dtype, projected in itertools.product(
-            shapes, (torch.bfloat16, torch.float32), (False, True)
-        ):
-            for row in readings(cc, lambda s=shape, d=dtype, p=projected: step(*s, d, p)):
-                name = f"{row['kernel']}, {str(dtype).removeprefix('torch.')}"
-                if row not in rows.setdefault(name, []):
-                    rows[name].append(row)
-        for name, found in rows.items():
-            cells = []
-            for key in ("registers", "spills", "stack", "shared"):
-                values = [row[key] for row in found]
-                cells.append("-".join(str(x) for x in sorted({min(values), max(values)})))
-            print(f"| {name}, sm_{cc} | {len(found)} | {' | '.join(cells)} |")
+    variants = itertools.product(shapes, (torch.bfloat16, torch.float32), (False, True))
+    print_table([(d, functools.partial(step, *s, d, p)) for s, d, p in variants])
 
 
 if __name__ == "__main__":

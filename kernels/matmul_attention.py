@@ -29,27 +29,34 @@ def columns(x: Tensor) -> Tensor:
     return rows(x.transpose(-1, -2))
 
 
-def attend(tokens: tuple[Tensor, Tensor, Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """From q rows, k columns, v rows: output [A, S, D] and probabilities [A, S, S]."""
+def attend(
+    tokens: tuple[Tensor, Tensor, Tensor], scale: float, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """From q rows, k columns, v rows: output [A, S, D], written to `into` if given, and
+    probabilities [A, S, S]."""
     q_rows, k_columns, v_rows = tokens
     scores = torch.bmm(q_rows, k_columns).mul_(scale)  # [A, S, S]
     if scores.shape[-1] < _NARROW:
         p = scores.permute(2, 0, 1).softmax(0).permute(1, 2, 0)
     else:
         p = scores.softmax(-1)
-    return torch.bmm(p, v_rows), p
+    return torch.bmm(p, v_rows, out=into), p
 
 
 def attend_grad(
-    grad_rows: Tensor, saved: tuple[Tensor, Tensor, Tensor, Tensor], scale: float
+    grad_rows: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    scale: float,
+    into: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, each [A, S, D]; `saved` is what `attend` took, and probabilities."""
+    """Gradients of q, k, v, each [A, S, D], written to `into` if given; `saved` is what `attend`
+    took, and probabilities."""
     q_rows, k_columns, v_rows, p = saved
-    dv = torch.bmm(p.transpose(1, 2), grad_rows)
+    dv = torch.bmm(p.transpose(1, 2), grad_rows, out=into[2])
     ds = torch.bmm(grad_rows, columns(v_rows)).mul_(p)  # P * dP
     ds = ds.sub_(p * ds.sum(-1, keepdim=True)).mul_(scale)
-    dq = torch.bmm(ds, k_columns.transpose(1, 2))
-    dk = torch.bmm(ds.transpose(1, 2), q_rows)
+    dq = torch.bmm(ds, k_columns.transpose(1, 2), out=into[0])
+    dk = torch.bmm(ds.transpose(1, 2), q_rows, out=into[1])
     return dq, dk, dv
 
 

@@ -40,8 +40,6 @@ from timefast.kernels.op import (
     why_not_triton,
 )
 
-Index = tuple[slice, ...]
-
 
 @in_float32
 def shift_attention_reference(
@@ -53,87 +51,68 @@ def shift_attention_reference(
 
 
 def shift_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, shift_div: int, scale: float) -> Tensor:
-    frames, tokens, heads, width = q.shape[1:]
-    by_matmul = q.device.type == "cpu" and tokens <= MAX_LENGTH
+    tokens, heads, width = q.shape[2:]
     fold = heads * width // shift_div
-    if fold % width:
-        k, v = _shifted(k, shift_div), _shifted(v, shift_div)
-        if by_matmul:
-            return MatmulAttention.apply(q, k, v, scale, (0, 1, 3, 2, 4))  # as [B, T, H, S, D]
-        return _by_sdpa(q, k, v, scale)
-    if by_matmul:
+    by_matmul = q.device.type == "cpu" and tokens <= MAX_LENGTH
+    if by_matmul and fold % width == 0:
         return _MatmulShift.apply(q, k, v, fold // width, scale)
-    pieces = []
-    for asking, asked in _pieces(frames, heads, fold // width):
-        out = _by_sdpa(q[asking], k[asked], v[asked], scale)
-        pieces.append(F.pad(out, (0, 0, 0, 0, 0, 0, asking[1].start, frames - asking[1].stop)))
-    return torch.cat(pieces, dim=3)
-
-
-def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention within each frame of [B, T, S, H, D]."""
+    k, v = _shifted(k, shift_div), _shifted(v, shift_div)
+    if by_matmul:
+        return MatmulAttention.apply(q, k, v, scale, (0, 1, 3, 2, 4))  # as [B, T, H, S, D]
     frames = q.shape[:2]
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B*T, H, S, D]
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).unflatten(0, frames)
 
 
-def _pieces(frames: int, heads: int, fold: int) -> list[tuple[Index, Index]]:
-    """Where queries are and where the keys and values that they see, in [B, T, S, H, D]: the heads
-    that look ahead, those that look back and the others. A fold is a number of heads here."""
-    pieces = []
-    everything = slice(None)
-    borders = (0, fold, min(2 * fold, heads), heads)
-    for start, end, offset in zip(borders[:-1], borders[1:], (1, -1, 0), strict=True):
-        ahead, back = max(0, offset), max(0, -offset)
-        for_heads = slice(start, end)
-        asking = (everything, slice(back, max(back, frames - ahead)), everything, for_heads)
-        asked = (everything, slice(ahead, max(ahead, frames - back)), everything, for_heads)
-        if start < end:
-            pieces.append((asking, asked))
-    return pieces
-
-
 class _MatmulShift(torch.autograd.Function):
-    """As MatmulAttention, with the shift in the copies that are made anyway: a piece of the heads
-    at a time, from one frame to another. What no piece writes to is zero."""
+    """As MatmulAttention, for heads that read one frame each. Sequences are in the order head,
+    frame, clip, so that a head's frames but the first, or but the last, are side by side: products
+    of one stretch of q with another of k and v, nothing is shifted. `fold` is a number of heads."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, fold: int, scale: float) -> Tensor:
-        ctx.pieces, ctx.scale = _pieces(q.shape[1], q.shape[3], fold), scale
-        out = q.new_zeros(q.shape)
-        saved = []
-        for asking, asked in ctx.pieces:
-            tokens = (
-                rows(_heads_first(q, asking)),
-                columns(_heads_first(k, asked)),
-                rows(_heads_first(v, asked)),
-            )
-            values, p = attend(tokens, scale)
-            _write(out, asking, values)
-            saved += [*tokens, p]
-        ctx.save_for_backward(*saved)
-        return out
+        q, k, v = (x.permute(_ORDER) for x in (q, k, v))
+        saved = rows(q), columns(k), rows(v)
+        out = torch.zeros_like(saved[0])
+        ctx.stretches = _stretches(q.shape, fold)
+        probabilities = []
+        for asking, asked in ctx.stretches:
+            tokens = saved[0][asking], saved[1][asked], saved[2][asked]
+            probabilities.append(attend(tokens, scale, out[asking])[1])
+        ctx.save_for_backward(*saved, *probabilities)
+        ctx.scale, ctx.shape, ctx.dtype = scale, q.shape, q.dtype
+        return _from_rows(out, ctx)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [grad.new_zeros(grad.shape) for _ in range(3)]
-        for i, (asking, asked) in enumerate(ctx.pieces):
-            saved = ctx.saved_tensors[4 * i : 4 * i + 4]
-            found = attend_grad(rows(_heads_first(grad, asking)), saved, ctx.scale)
-            for x, index, piece in zip(grads, (asking, asked, asked), found, strict=True):
-                _write(x, index, piece)
-        return *grads, None, None
+        q, k, v, *probabilities = ctx.saved_tensors
+        grad = rows(grad.permute(_ORDER))
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(q)
+        for (asking, asked), p in zip(ctx.stretches, probabilities, strict=True):
+            saved = q[asking], k[asked], v[asked], p
+            attend_grad(grad[asking], saved, ctx.scale, (dq[asking], dk[asked], dv[asked]))
+        return *(_from_rows(x, ctx) for x in (dq, dk, dv)), None, None
 
 
-def _heads_first(x: Tensor, piece: Index) -> Tensor:
-    return x[piece].transpose(2, 3)  # [B, T, H, S, D]
+_ORDER = (3, 1, 0, 2, 4)  # [B, T, S, H, D] as [H, T, B, S, D]
 
 
-def _write(x: Tensor, piece: Index, value: Tensor) -> None:
-    place = _heads_first(x, piece)
-    place.copy_(value.view(place.shape))
+def _stretches(shape: torch.Size, fold: int) -> list[tuple[slice, slice]]:
+    """Sequences of q, and those of k and v that they see, for a shape [H, T, B, S, D]."""
+    heads, frames, clips = shape[:3]
+    pairs = []
+    for head in range(min(2 * fold, heads)):
+        start, end = head * frames * clips, (head + 1) * frames * clips
+        but_last, but_first = slice(start, end - clips), slice(start + clips, end)
+        pairs.append((but_last, but_first) if head < fold else (but_first, but_last))
+    rest = slice(min(2 * fold, heads) * frames * clips, heads * frames * clips)
+    return [*pairs, (rest, rest)]
+
+
+def _from_rows(x: Tensor, ctx: Any) -> Tensor:
+    return x.view(ctx.shape).permute(2, 1, 3, 0, 4).to(ctx.dtype)  # [B, T, S, H, D]
 
 
 def _shifted(x: Tensor, shift_div: int) -> Tensor:

@@ -159,7 +159,7 @@ def _shift_attention_fwd_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
 
     frame, exists = _source(t, T, h, fold, cols, D, WHOLE_HEADS, GROUP)
-    if WHOLE_HEADS:
+    if WHOLE_HEADS:  # noqa: SIM102 (the compiler evaluates both sides of `and`)
         if not exists:  # all scores are 0, and so are all values
             _store(out_ptr, out_rows, row < S, cols, acc, D, DP)
             tl.store(lse_ptr + lse_rows, tl.log2(total + S), mask=row < S)
@@ -253,7 +253,7 @@ def _shift_attention_bwd_dq_kernel(
     dq = tl.zeros([BLOCK_Q, DP], tl.float32)
 
     frame, exists = _source(t, T, h, fold, cols, D, WHOLE_HEADS, GROUP)
-    if WHOLE_HEADS:
+    if WHOLE_HEADS:  # noqa: SIM102 (the compiler evaluates both sides of `and`)
         if not exists:  # the other kernel asks for no delta here
             _store(dq_ptr, out_rows, row < S, cols, dq, D, DP)
             return
@@ -350,7 +350,7 @@ def _shift_attention_bwd_dkv_kernel(
     frame, exists = _source(t, T, h, fold, cols, D, WHOLE_HEADS, GROUP)
     to = (frame + T) % T * S  # rows of the other frames of this clip come before
     out_rows = ((b * T * S + key) * H + h) * D
-    if WHOLE_HEADS:
+    if WHOLE_HEADS:  # noqa: SIM102 (the compiler evaluates both sides of `and`)
         if not exists:
             _store_shifted(
                 dk_ptr, out_rows, key < S, to, exists, H * D, cols, dk, D, DP, WHOLE_HEADS, GROUP

@@ -110,6 +110,9 @@ def _why_not_trajectory_triton(q: Tensor, *others: Any, **kwargs: Any) -> list[s
     return reasons
 
 
+_Rows = tuple[Tensor, Tensor, Tensor]  # q, k, v of whole clips, each [A*H, S, D]
+
+
 class _Weights(NamedTuple):
     """The two projections, the second one per head and in halves."""
 
@@ -149,12 +152,11 @@ class _Absorbed(torch.autograd.Function):
         out, cls_out = q.new_empty(q.shape), q.new_empty(cls[0].shape)
         weights = _split(w_q, b_q, w_kv, b_kv, q.shape[3])
         for clips in _clip_parts(q):
-            q_rows, k_rows, v_rows = (_rows(x[clips]) for x in (q, k, v))
-            cls_out[clips] = _class_attend(_of_class(cls, clips), k_rows, v_rows, scale)[0].view_as(
-                cls_out[clips]
-            )
+            tokens = _rows(q[clips]), _rows(k[clips]), _rows(v[clips])
+            of_class = _class_attend(_of_class(cls, clips), tokens, scale)[0]
+            cls_out[clips] = of_class.view_as(cls_out[clips])
             for frames in _frame_parts(q):
-                part = _attend(q_rows, k_rows, v_rows, weights, q.shape, frames, projected, scale)
+                part = _attend(tokens, weights, q.shape, frames, projected, scale)
                 out[clips, frames] = part.out.view_as(out[clips, frames])
         return out, cls_out
 
@@ -168,13 +170,13 @@ class _Absorbed(torch.autograd.Function):
         cls_grads = [q.new_empty(cls[0].shape) for _ in range(3)]
         totals = _Weights(*(None if w is None else torch.zeros_like(w) for w in weights))  # type: ignore[arg-type]
         for clips in _clip_parts(q):
-            tokens = [_rows(x[clips]) for x in (q, k, v)]
-            class_rows = _of_class(cls, clips)
+            tokens = _rows(q[clips]), _rows(k[clips]), _rows(v[clips])
             g_cls = _class_rows(grad_cls[clips])
-            *of_class, dk, dv = _class_attend_grad(g_cls, class_rows, *tokens[1:], scale)
+            class_grads = _class_attend_grad(g_cls, _of_class(cls, clips), tokens, scale)
+            *of_class, dk, dv = class_grads
             dq = torch.empty_like(tokens[0])
             for frames in _frame_parts(q):
-                part = _attend(*tokens, weights, q.shape, frames, projected, scale)
+                part = _attend(tokens, weights, q.shape, frames, projected, scale)
                 g = grad[clips, frames].to(dk.dtype).flatten(0, 2)  # [M, H, D]
                 _attend_grad(g, part, tokens, weights, q.shape, frames, scale, (dq, dk, dv), totals)
             for grad_in, x in zip(grads, (dq, dk, dv), strict=True):
@@ -187,14 +189,16 @@ class _Absorbed(torch.autograd.Function):
 
 def _split(w_q: Tensor, b_q: Any, w_kv: Tensor, b_kv: Any, heads: int) -> _Weights:
     wide = torch.promote_types(w_q.dtype, torch.float32)
-    w_q, b_q, w_kv, b_kv = (None if w is None else w.to(wide) for w in (w_q, b_q, w_kv, b_kv))
-    w_k, w_v = w_kv.unflatten(0, (2, heads, -1)).unbind(0)
-    return _Weights(w_q, b_q, w_k, w_v, None if b_kv is None else b_kv.view(2, heads, 1, -1)[1])
+    w_k, w_v = w_kv.to(wide).unflatten(0, (2, heads, -1)).unbind(0)
+    q_bias = None if b_q is None else b_q.to(wide)
+    v_bias = None if b_kv is None else b_kv.to(wide).view(2, heads, 1, -1)[1]
+    return _Weights(w_q.to(wide), q_bias, w_k, w_v, v_bias)
 
 
 def _join(totals: _Weights, w_q: Tensor, b_q: Any, w_kv: Tensor, b_kv: Any) -> list[Tensor | None]:
     """The gradients in the shapes of the parameters; zero where nothing depends on them."""
-    joined = [totals.q, totals.q_bias, torch.stack([totals.k, totals.v]).view(w_kv.shape)]
+    joined: list[Tensor | None] = [totals.q, totals.q_bias]
+    joined.append(torch.stack([totals.k, totals.v]).view(w_kv.shape))
     if totals.v_bias is None:
         joined.append(None)
     else:
@@ -237,9 +241,7 @@ def _of_class(cls: list[Tensor], clips: slice) -> list[Tensor]:
 
 
 def _attend(
-    q_rows: Tensor,
-    k_rows: Tensor,
-    v_rows: Tensor,
+    tokens: _Rows,
     weights: _Weights,
     shape: tuple[int, ...],
     frames: slice,
@@ -248,6 +250,7 @@ def _attend(
 ) -> _Part:
     """Both steps for the queries of `frames`; the rows are those of A whole clips."""
     _, T, N, H, D = shape
+    q_rows, k_rows, v_rows = tokens
     q_part = columns(q_rows[:, frames.start * N : frames.stop * N]).mul_(scale)  # [A*H, D, Q]
     Q = q_part.shape[2]
     p = torch.bmm(k_rows, q_part).view(-1, N, Q).softmax(1)  # [A*H*T, N, Q]
@@ -273,7 +276,7 @@ def _attend(
 def _attend_grad(
     g: Tensor,
     part: _Part,
-    tokens: list[Tensor],
+    tokens: _Rows,
     weights: _Weights,
     shape: tuple[int, ...],
     frames: slice,
@@ -323,11 +326,10 @@ def _attend_grad(
     dq[:, mine] = torch.bmm(ds.transpose(1, 2), k_rows).mul_(scale)
 
 
-def _class_attend(
-    cls: list[Tensor], k_rows: Tensor, v_rows: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _class_attend(cls: list[Tensor], tokens: _Rows, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The class token over itself and all patches: output [A*H, 1, D], and its probabilities."""
     cls_q, cls_k, cls_v = cls  # [A*H, 1, D]
+    _, k_rows, v_rows = tokens
     own = (cls_q * cls_k).sum(-1, keepdim=True)  # [A*H, 1, 1]
     scores = torch.bmm(k_rows, cls_q.transpose(1, 2)).transpose(1, 2)  # [A*H, 1, S]
     p = torch.cat([own, scores], 2).mul_(scale).softmax(-1)
@@ -336,11 +338,12 @@ def _class_attend(
 
 
 def _class_attend_grad(
-    g: Tensor, cls: list[Tensor], k_rows: Tensor, v_rows: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of cls_q, cls_k, cls_v, and what k_rows and v_rows get from the class token."""
+    g: Tensor, cls: list[Tensor], tokens: _Rows, scale: float
+) -> tuple[Tensor, ...]:
+    """Gradients of cls_q, cls_k, cls_v, and what keys and values get from the class token."""
     cls_q, cls_k, cls_v = cls
-    out, own, p = _class_attend(cls, k_rows, v_rows, scale)
+    _, k_rows, v_rows = tokens
+    out, own, p = _class_attend(cls, tokens, scale)
     delta = (g * out).sum(-1, keepdim=True)  # [A*H, 1, 1]
     d_own = own * ((g * cls_v).sum(-1, keepdim=True) - delta) * scale
     d_scores = p * (torch.bmm(g, v_rows.transpose(1, 2)) - delta) * scale  # [A*H, 1, S]

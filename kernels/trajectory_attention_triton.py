@@ -558,8 +558,8 @@ def trajectory_attention_op(
         return out, cls_out, x, lse, along
     _, frames, patches, heads, width = q.shape
     inputs = (q, k, v, cls_q)
-    sizes = (frames, patches, heads, scale * LOG2_E)
-    _launch_frames("fwd", q, (*inputs, x, lse, *_strides(*inputs), *sizes))
+    arguments: tuple[Any, ...] = (*inputs, x, lse, *_strides(*inputs))
+    _launch_frames("fwd", q, (*arguments, frames, patches, heads, scale * LOG2_E))
     cls_out.copy_(_class_out(q, (cls_q, cls_k, cls_v), x, lse, scale)[0])
 
     w_k, w_v = w_kv.unflatten(0, (2, heads, width)).unbind(0)  # [H, D, C]

@@ -108,7 +108,7 @@ def test_every_operation_keeps_shape_and_type(name):
 def test_notation_is_checked():
     assert parse_rand_augment(PUBLISHED) == (20.0, 0.5, 2)
     assert parse_rand_augment("rand-m9-inc1-n3") == (9.0, 0.0, 3)
-    for wrong in ("rand", "rand-m9", "auto-m9-inc1", "rand-m9-inc0"):
+    for wrong in ("rand", "rand-m9", "auto-m9-inc1", "rand-m9-inc0", "rand-m..-inc1"):
         with pytest.raises(InputError, match="RandAugment"):
             parse_rand_augment(wrong)
 

@@ -183,6 +183,19 @@ def test_sizes_that_make_no_set_are_refused(tmp_path, wrong):
     assert not (tmp_path / "set").exists()
 
 
+def test_folder_one_stands_in_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="the folder you are in"):
+        write_demo_data(".", **TINY)
+
+
+def test_unwritable_cache_names_the_ways_out(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="XDG_CACHE_HOME.*--data"):
+        demo_data.demo_data_folder()
+
+
 def test_user_without_a_home_has_a_cache_folder(tmp_path, monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")

@@ -131,7 +131,12 @@ def test_rule_makes_the_stated_values():
 
 
 @pytest.mark.parametrize(
-    "name", ["full_timesformer_d2_grad", "full_motionformer_d2_grad", "full_xvit_d2_grad"]
+    "name",
+    [
+        "full_timesformer_d2_grad",
+        pytest.param("full_motionformer_d2_grad", marks=pytest.mark.slow),
+        "full_xvit_d2_grad",
+    ],
 )
 def test_full_width_losses_and_gradients(name):
     golden, config = read_golden(name)

@@ -100,8 +100,10 @@ def test_attention_keeps_to_the_float64_reference(name, case, dtype):
     )
     for impl in implementations_for(name, args, kwargs):
         result = run(public, args, {**kwargs, "impl": impl}, None, grads)
+        # the interpreter cuts float32 down to bfloat16 where a GPU rounds: up to twice the error
+        cut = impl == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available()
         for i, (got, rough, true) in enumerate(zip(result, plain, truth, strict=True)):
-            limit = 2 * relative_error(rough, true) + SMALL[dtype]
+            limit = (4 if cut else 2) * relative_error(rough, true) + SMALL[dtype]
             assert relative_error(got, true) <= limit, (impl, f"output or gradient {i}")
 
 

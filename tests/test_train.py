@@ -167,10 +167,13 @@ def test_two_runs_do_not_write_to_one_folder(data, tmp_path, capsys):
 def test_a_process_that_was_forked_does_not_hold_the_lock(tmp_path):
     """As a decoding process does that lives on for seconds after its run was killed."""
     lock = lock_run(tmp_path)
+    reading, writing = os.pipe()
     child = os.fork()
     if not child:
+        os.write(writing, b"forked")
         time.sleep(30)
         os._exit(0)
+    os.read(reading, 6)
     lock.close()
     try:
         lock_run(tmp_path).close()
@@ -263,6 +266,15 @@ def test_a_bad_video_is_skipped_named_and_counted(data, tmp_path):
     assert failure["count"] == 1
 
 
+def test_lines_that_are_none_do_not_keep_a_run_from_going_on(data, tmp_path):
+    run = tmp_path / "run"
+    assert train(data, run, "--max-steps", "1") == 0
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'5\n{"kind": "train"}\n\xff\n{"kind": "train", "st')
+    assert main(["--resume", "--out", str(run), "--max-steps", "2"]) == 0
+    assert [line["step"] for line in lines(run, "train")] == [1, 2]
+
+
 def test_too_many_bad_videos_end_the_run_with_a_list(data, tmp_path, capsys):
     broken = tmp_path / "data"
     subprocess.run(["cp", "-r", str(data), str(broken)], check=True)
@@ -303,12 +315,38 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(data, tmp_path
     assert [line["step"] for line in lines(run, "train")] == [1, 2, 3]
 
 
-def test_a_run_folder_that_goes_away_is_one_message(data, tmp_path, monkeypatch, capsys):
-    run = tmp_path / "run"
-    monkeypatch.setattr("timefast.train.save_checkpoint", lambda *_: shutil.rmtree(run))
-    assert train(data, run, "--max-steps", "1") == 1
+def test_a_disk_that_is_full_from_the_start_is_one_message(data, tmp_path, monkeypatch, capsys):
+    def full(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("timefast.train.write_json", full)
+    assert train(data, tmp_path / "run", "--max-steps", "1") == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("error: ") and str(run) in message
+    assert message.startswith("error: ") and "config.json" in message
+
+
+def test_tensorboard_gets_the_last_points_and_may_fail(data, tmp_path, monkeypatch, caplog):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    drawn = []
+
+    class Writer:
+        def __init__(self, *_, **__):
+            pass
+
+        def add_scalar(self, name, value, step):
+            if len(drawn) == 3:
+                raise OSError(28, "No space left on device")
+            drawn.append(name)
+
+        def close(self):
+            drawn.append("closed")
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Writer)
+    assert train(data, tmp_path / "a", "--max-steps", "1") == 0
+    assert len(drawn) == 3 and "closed" not in drawn
+    drawn[:] = [""] * 4
+    assert train(data, tmp_path / "b", "--max-steps", "1") == 0
+    assert drawn[-1] == "closed" and "eval/all/shuffled_top1" in drawn
 
 
 def test_a_decoding_process_that_is_killed_ends_the_run_with_a_message(
@@ -357,5 +395,6 @@ def test_paths_may_be_relative(data, tmp_path, monkeypatch):
     assert main([*TINY, "--data", os.path.relpath(data), "--out", "x/y", "--max-steps", "1"]) == 0
     assert Path("x/y/report.html").exists()
     config = json.loads(Path("x/y/config.json").read_text())
-    assert config["config"]["data"]["root"] == str(data)
+    root = Path(config["config"]["data"]["root"])
+    assert root.is_absolute() and root.samefile(data)
     assert config["videos"]["train"]["videos"] == 24

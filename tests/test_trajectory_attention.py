@@ -157,6 +157,15 @@ def test_several_tiles_and_parts_in_triton(values, monkeypatch):
     assert_equal([x.double() for x in got], expected, 2e-6)
 
 
+@pytest.mark.parametrize("width", [20, 80, 96, 128])
+def test_any_head_width_up_to_128_in_triton(width):
+    args = make(1, 2, 2, 1, width, dtype=torch.float16)
+    wide = [x.detach().double() for x in args]
+    expected = gradients(wide, "reference")
+    got = [x.double() for x in gradients(args, "triton")]
+    assert all((x - y).norm() <= 5e-3 * y.norm() + 1e-5 for x, y in zip(got, expected, strict=True))
+
+
 def test_the_triton_op_keeps_the_rules_of_custom_ops():
     from timefast.kernels.trajectory_attention_triton import trajectory_attention_op
 

@@ -282,6 +282,8 @@ def write_demo_data(
     try:
         if _is_made(root, manifest):
             return root
+        if root == Path.cwd():  # it is replaced, which would leave the shell nowhere
+            raise InputError(f"{root} is the folder you are in; name one inside or beside it")
         root.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".tmp-{root.name}-", dir=root.parent))
         try:
@@ -381,7 +383,10 @@ def _put(part: Path, root: Path, manifest: dict[str, Any]) -> None:
 
 def demo_data_folder() -> Path:
     """The demo data set in the user's cache folder, made when it is not there yet."""
-    folder = write_demo_data(cache_folder() / f"demo-{VERSION}-seed0")
+    try:
+        folder = write_demo_data(cache_folder() / f"demo-{VERSION}-seed0")
+    except InputError as error:
+        raise InputError(f"{error} (XDG_CACHE_HOME), or give your own data with --data") from error
     logger.info("demo data: %s", folder)
     return folder
 

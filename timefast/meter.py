@@ -1,8 +1,9 @@
-"""What a training loop shows of itself: losses and times of the last steps, a progress bar."""
+"""What a training loop shows of itself: losses and times of its last steps, a bar, curves."""
 
 import logging
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,41 @@ class Progress:
                 line["step"], self.total, line["epoch"], loss,
                 "  ".join(f"{k} {v}" for k, v in shown.items()), rate, waits, left,
             )  # fmt: skip
+
+
+class Curves:
+    """For TensorBoard, where that optional package is installed; else nothing is drawn.
+
+    A disk that refuses them ends the curves and not the run.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._writer: Any = None
+        else:
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def add(self, values: dict[str, float | None], step: int) -> None:
+        if self._writer is None:
+            return
+        try:
+            for name, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            logger.warning("no curves for TensorBoard from here on: %s", error)
+            self._writer = None
+
+    def close(self) -> None:
+        """Write what is still in memory: TensorBoard does so every two minutes only."""
+        if self._writer is None:
+            return
+        try:
+            self._writer.close()
+        except OSError as error:
+            logger.warning("the last points of the TensorBoard curves are lost: %s", error)
 
 
 class Window:

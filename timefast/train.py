@@ -43,7 +43,7 @@ from timefast.eval.accuracy import predict, protocol, summarise, table
 from timefast.failures import FailureLog
 from timefast.kernels.op import OPS, first_choice
 from timefast.log import JsonLines, read_json_lines, replace_json_lines, to_console
-from timefast.meter import Progress, Window
+from timefast.meter import Curves, Progress, Window
 from timefast.methods.time_ssl import TimeMethod
 from timefast.models import VideoTransformer, create_model
 from timefast.optim import build_optimizer, learning_rate
@@ -203,7 +203,8 @@ class Trainer:
         make_run_folder(self.run_folder)
         self.lock = lock_run(self.run_folder)
         failures = self.run_folder / "failures.jsonl"
-        self.failures = FailureLog(failures, len(self.videos.records), config.data.max_bad_fraction)
+        videos = len(self.videos.records) + len(self.validation.records)
+        self.failures = FailureLog(failures, videos, config.data.max_bad_fraction)
         # position: optimizer steps done, epoch, batches of it that are done
         self.step = self.epoch = self.batch = 0
         self.skipped_steps = 0
@@ -216,11 +217,12 @@ class Trainer:
             self.model.features = torch.compile(self.model.features)  # type: ignore[method-assign]
 
         path = self.run_folder / "metrics.jsonl"
-        past = [line for line in read_json_lines(path) if line["step"] <= self.step]
+        past = [m for m in read_json_lines(path) if {"kind", "step"} <= m.keys()]
+        past = [line for line in past if line["step"] <= self.step]
         replace_json_lines(path, past)
         self.evaluated_at = {line["step"] for line in past if line["kind"] == "eval"}
         self.metrics = JsonLines(path)
-        self.board = tensorboard_writer(self.run_folder, self.step)
+        self.curves = Curves(self.run_folder / "tensorboard", self.step)
         self.record = self._describe()
         write_json(self.run_folder / "config.json", self.record)
 
@@ -242,6 +244,7 @@ class Trainer:
             return 128 + (self.interrupt.signal or 0)
         finally:
             self.loader.close()
+            self.curves.close()
             self.metrics.close()
             self.lock.close()
         logger.info(
@@ -324,10 +327,7 @@ class Trainer:
         line = {"kind": "train", "step": self.step, "epoch": self.epoch, "lr": lr, **values}
         self._write_metrics(line)
         progress.show(line)
-        if self.board is not None:
-            for key in values:
-                if line[key] is not None:
-                    self.board.add_scalar(f"train/{key}", line[key], self.step)
+        self.curves.add({f"train/{key}": value for key, value in values.items()}, self.step)
         if not self.record["implementations"]:
             self.record["implementations"] = self._implementations()
             write_json(self.run_folder / "config.json", self.record)
@@ -433,9 +433,8 @@ class Trainer:
             *({**place, **how, "subset": name, **row} for name, row in rows.items())
         )
         for name, row in rows.items():
-            if self.board is not None and row["top1"] is not None:
-                self.board.add_scalar(f"eval/{name}/top1", row["top1"], self.step)
-                self.board.add_scalar(f"eval/{name}/shuffled_top1", row["shuffled_top1"], self.step)
+            shown = {f"eval/{name}/{key}": row[key] for key in ("top1", "shuffled_top1")}
+            self.curves.add(shown, self.step)
         self.evaluated_at.add(self.step)
         return rows
 
@@ -560,15 +559,6 @@ def build_model(
 
         load_imagenet(model, weights)
     return model
-
-
-def tensorboard_writer(run: Path, step: int) -> Any:
-    """A writer if the optional package is installed, else None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
 
 if __name__ == "__main__":

@@ -70,23 +70,23 @@ class TrajectoryAttention(Attention):
         self.proj_q = nn.Linear(dim, dim)
         self.proj_kv = nn.Linear(dim, 2 * dim)
 
-    def forward(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """cls [B, C], x [B, T, N, C] -> the same shapes."""
-        qkv, cls_qkv = self.split(x), self.split(cls)
+        q, k, v = self.split(x)
+        cls_q, cls_k, cls_v = self.split(cls)
         second = self.proj_q.weight, self.proj_q.bias, self.proj_kv.weight, self.proj_kv.bias
         if self.approx is None:
             out, cls_out = ops.trajectory_attention(
-                *qkv, *cls_qkv, *second, values=self.values, impl=self.impl
+                q, k, v, cls_q, cls_k, cls_v, *second, values=self.values, impl=self.impl
             )
         else:
-            q, k, v = qkv
             y = orthoformer(q, k, v, self.landmarks, self.first_landmark(q))
             out = attend_along(y, *second, values=self.values, scale=q.shape[-1] ** -0.5)
-            cls_out = class_attention(cls_qkv, k, v)
+            cls_out = class_attention((cls_q, cls_k, cls_v), k, v)
         return self.merge(cls_out), self.merge(out)
 
     def class_only(self, cls: Tensor, x: Tensor) -> Tensor:
-        """The first of `forward`'s results, without any trajectory."""
+        """The first of `attend`'s results, without any trajectory."""
         _, k, v = self.split(x)
         out = self.merge(class_attention(self.split(cls), k, v))
         # zero gradients, not none: optimizers and DDP make a difference between the two
@@ -163,7 +163,7 @@ class TrajectoryBlock(nn.Module):
             residual = self.attn.class_only(self.norm1(cls), self.norm1(x))
             cls, _ = _add(self, cls, x, residual, None)
             return _add(self, cls, x, self.mlp(self.norm2(cls)), None)
-        cls, x = _add(self, cls, x, *self.attn(self.norm1(cls), self.norm1(x)))
+        cls, x = _add(self, cls, x, *self.attn.attend(self.norm1(cls), self.norm1(x)))
         return _add(self, cls, x, self.mlp(self.norm2(cls)), self.mlp(self.norm2(x)))
 
 
@@ -186,8 +186,8 @@ class DividedBlock(nn.Module):
         cls_residual, residual = self.attend(self.timeattn, self.norm3(cls), self.norm3(x), True)
         cls, x = cls + cls_residual, x + residual  # no stochastic depth, as in the published code
         cls, x = _add(self, cls, x, *self.attend(self.attn, self.norm1(cls), self.norm1(x), False))
-        residual = None if cls_only else self.mlp(self.norm2(x))
-        return _add(self, cls, x, self.mlp(self.norm2(cls)), residual)
+        rest = None if cls_only else self.mlp(self.norm2(x))
+        return _add(self, cls, x, self.mlp(self.norm2(cls)), rest)
 
     def attend(
         self, attn: Attention, cls: Tensor, x: Tensor, over_time: bool
