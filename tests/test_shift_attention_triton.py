@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from timefast.kernels.op import OPS
 from timefast.ops import shift_attention
 
 pytest.importorskip("triton")

@@ -21,7 +21,7 @@ from timefast.demo_data import write_demo_data
 from timefast.log import read_json_lines
 from timefast.methods.time_ssl import TimeMethod
 from timefast.run_folder import lock_run
-from timefast.train import main
+from timefast.train import Trainer, main
 
 AS_FP32 = contextlib.nullcontext, "fp32"
 TINY = ["--recipe", "demo", "--depth", "1", "--dim", "32", "--heads", "2", "--device", "cpu"]
@@ -138,6 +138,21 @@ def test_sigterm_saves_stops_and_can_be_resumed(data, finished, tmp_path):
     if steps[-1] < 6:
         assert train(data, run, "--eval-every", "1", "--max-steps", "6", "--resume") == 0
         assert_same_weights(run, finished)
+
+
+def test_a_signal_at_the_very_end_of_a_step_loses_nothing(data, tmp_path, monkeypatch):
+    real = Trainer._log
+
+    def signalled(self, *given):
+        real(self, *given)
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_log", signalled)
+    assert train(data, tmp_path / "run") == 128 + signal.SIGTERM
+    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert newest.name == f"step-{lines(tmp_path / 'run', 'train')[-1]['step']}"
 
 
 def test_resuming_takes_the_stored_configuration(data, finished, tmp_path, capsys):
@@ -292,6 +307,14 @@ def test_a_full_disk_is_a_warning_and_the_third_time_an_error(data, tmp_path, mo
     monkeypatch.setattr("timefast.train.save_checkpoint", full)
     assert train(data, tmp_path / "a", "--max-steps", "2", "--save-every", "1") == 0
     assert train(data, tmp_path / "b", "--max-steps", "3", "--save-every", "1") == 1
+
+
+def test_continuing_a_finished_run_leaves_its_metrics_as_they_were(data, tmp_path):
+    run = tmp_path / "run"
+    assert train(data, run, "--max-steps", "2") == 0
+    before = (run / "metrics.jsonl").read_text()
+    assert main(["--resume", "--out", str(run)]) == 0
+    assert (run / "metrics.jsonl").read_text() == before
 
 
 def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(data, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn
 
 from timefast.errors import InputError
 
+Backbone = Literal["timesformer", "motionformer", "xvit"]
 Loss = Literal["order", "debias", "flow"]
 ALL_LOSSES: tuple[Loss, ...] = ("order", "debias", "flow")
 
@@ -46,7 +47,7 @@ def _flag(default: Any, text: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    backbone: Literal["timesformer", "motionformer", "xvit"] = _flag("timesformer", "backbone")
+    backbone: Backbone = _flag("timesformer", "backbone")
     frames: int = _flag(8, "frames per clip")
     image_size: int = _flag(224, "side of the square crop, pixels")
     patch_size: int = _flag(16, "side of a patch, pixels")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from timefast.config import (
+    Backbone,
     DataConfig,
     MethodConfig,
     ModelConfig,
@@ -95,7 +96,7 @@ for _recipe in _TIME_RECIPES:
     RECIPES["baseline_" + _recipe.__name__.removeprefix("time_")] = _without_time(_recipe)
 
 
-def get_recipe(name: str | None, backbone: str | None, has_data: bool) -> TrainConfig:
+def get_recipe(name: str | None, backbone: Backbone | None, has_data: bool) -> TrainConfig:
     """The recipe named, or the one that fits: demo without data, time_<backbone>_ssv2 with it."""
     if name is None:
         name = f"time_{backbone or 'timesformer'}_ssv2" if has_data else "demo"

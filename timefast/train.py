@@ -219,6 +219,8 @@ class Trainer:
         path = self.run_folder / "metrics.jsonl"
         past = [m for m in read_json_lines(path) if {"kind", "step"} <= m.keys()]
         past = [line for line in past if line["step"] <= self.step]
+        # the final evaluation comes again, even if its lines were written before a kill
+        past = [m for m in past if m["kind"] != "eval" or m["step"] != self.last_step]
         replace_json_lines(path, past)
         self.evaluated_at = {line["step"] for line in past if line["kind"] == "eval"}
         self.metrics = JsonLines(path)
@@ -284,7 +286,9 @@ class Trainer:
             self.step, self.batch = self.step + 1, index + 1
             progress.bar.update(1)
 
-            stop = self.step == self.last_step or self.interrupt.signal is not None
+            # looked at once: a signal from here on is one for the next step, which is then saved
+            interrupted = self.interrupt.signal is not None
+            stop = interrupted or self.step == self.last_step
             if self.step % config.run.log_every == 0 or self.step == 1 or stop:
                 self._log(window, progress, lr)
             at_edge = self.batch == self.batches_per_epoch
@@ -292,7 +296,7 @@ class Trainer:
                 self.epoch, self.batch = self.epoch + 1, 0
             if self.step % config.run.save_every == 0 or at_edge or stop:
                 self.save()
-            if self.interrupt.signal is not None:
+            if interrupted:
                 raise Interrupted
             if stop:
                 return
