@@ -37,6 +37,16 @@ def test_portable_path_is_the_reference_with_its_gradients(case):
         torch.testing.assert_close(actual, expected)
 
 
+def test_long_frames_take_library_attention_and_give_the_same(monkeypatch):
+    inputs = qkv(S=5, H=3)
+    for shift_div in (3, 4):  # folds of whole heads, folds inside heads
+        expected = shift_attention(*inputs, shift_div=shift_div, impl="cpu")
+        with monkeypatch.context() as patch:
+            patch.setattr("timefast.kernels.shift_attention.MAX_LENGTH", 4)
+            out = shift_attention(*inputs, shift_div=shift_div, impl="cpu")
+        torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_heads_read_the_next_the_previous_and_their_own_frame(impl):
     changed = reads(2, shift_div=4, impl=impl)

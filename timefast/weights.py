@@ -295,7 +295,7 @@ def _state_of(value: Any, name: str) -> dict[str, Tensor]:
 
 
 def _find_imagenet(source: str | Path) -> tuple[Path, str]:
-    if Path(source).exists():
+    if source != "imagenet" and Path(source).exists():
         return Path(source), str(source)
     if isinstance(source, Path) or source.endswith((".safetensors", ".pth", ".pt", ".bin")):
         raise InputError(f"{source}: there is no such file to take initial weights from")
