@@ -164,12 +164,6 @@ def assert_they_fit(kernels):
         assert kernel["shared"] <= 163 * 1024, kernel  # what a block may have on sm_80
 
 
-def test_kernels_compile_for_sm_80_without_spills():
-    kernels = resources("--cc", "80", "--one")
-    assert len({kernel["kernel"] for kernel in kernels}) == 7
-    assert_they_fit(kernels)
-
-
 @pytest.mark.slow
 def test_every_variant_compiles_for_sm_80_and_sm_90_without_spills():
     kernels = resources("--cc", "80", "90")

@@ -135,7 +135,7 @@ def test_rule_makes_the_stated_values():
     [
         "full_timesformer_d2_grad",
         pytest.param("full_motionformer_d2_grad", marks=pytest.mark.slow),
-        "full_xvit_d2_grad",
+        pytest.param("full_xvit_d2_grad", marks=pytest.mark.slow),
     ],
 )
 def test_full_width_losses_and_gradients(name):

@@ -92,6 +92,7 @@ def test_custom_op_is_registered_as_torch_expects(fold):
     torch.library.opcheck(shift_attention_op, (*inputs, fold, 0.25))
 
 
+@pytest.mark.slow
 def test_the_papers_shape_compiles_without_spills_and_fits_an_a100():
     """In a child: a process that interprets Triton cannot compile."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
