@@ -42,6 +42,8 @@ from timefast.kernels.op import (
     why_not_triton,
 )
 
+BACKWARD_SHARED = 180_224  # bytes that float32 time attention takes backward, over 64 frames
+
 _HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
 
 
@@ -233,6 +235,14 @@ def _why_not_time_triton(q: Tensor, *others: Tensor, **kwargs: Any) -> list[str]
     reasons = why_not_triton(q, max_width=128)
     if q.shape[1] > 128:
         reasons.append(f"q has {q.shape[1]} frames; triton takes 1 to 128")
+    if q.is_cuda and q.dtype == torch.float32 and q.shape[1] > 64:
+        properties: Any = torch.cuda.get_device_properties(q.device)  # its stub lacks a field
+        has = properties.shared_memory_per_block_optin
+        if has < BACKWARD_SHARED:
+            reasons.append(
+                f"float32 over {q.shape[1]} frames takes {BACKWARD_SHARED} bytes of shared memory; "
+                f"this GPU has {has} (up to 64 frames run)"
+            )
     return reasons
 
 
