@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from timefast.kernels.op import Case, Impl, Op, dispatch, register
+from timefast.kernels.op import Case, Impl, Op, dispatch, register, triton_unavailable
 
 MINIMUM_SIDE = 32  # pixels; a scale with a shorter side is not used
 DETERMINANT_FLOOR = 1e-3
@@ -418,14 +418,6 @@ def why_not_triton(prev: Tensor, *others: Tensor, **parameters: Any) -> list[str
             f"images are {prev.shape[-2]} x {prev.shape[-1]}; triton takes 16 x 16 and larger"
         )
     return reasons
-
-
-def triton_unavailable() -> list[str]:
-    if importlib.util.find_spec("triton") is None:
-        return ["Triton is not installed; `pip install triton` provides it"]
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return ["torch sees no CUDA device (TRITON_INTERPRET=1 runs kernels on the CPU, for tests)"]
-    return []
 
 
 def opencv_without_threads() -> None:

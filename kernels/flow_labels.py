@@ -28,10 +28,9 @@ from timefast.kernels.farneback import (
     farneback_reference,
     opencv_missing,
     smooth_texture,
-    triton_unavailable,
     why_not_triton,
 )
-from timefast.kernels.op import Case, Impl, Op, dispatch, register
+from timefast.kernels.op import Case, Impl, Op, dispatch, register, triton_unavailable
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green, blue
 GAIN = 128.0  # the published code multiplies the normalised grey frame by this
