@@ -6,6 +6,7 @@ writer of result files.
                                                       <yyyy-mm-dd>_<commit>.json, one per module
 """
 
+import ctypes
 import datetime
 import functools
 import importlib.metadata
@@ -53,6 +54,17 @@ def measure(benchmark: Any) -> Callable[..., None]:
         benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=3)
 
     return measure
+
+
+def pytest_configure() -> None:
+    """Keep freed memory in the process, as it stays in a training run, where every step frees and
+    takes the same sizes. Otherwise small measurements time the page faults of malloc's last trim.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3  # numbers of malloc.h
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -19,14 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.autograd.function import once_differentiable
 
 from timefast.kernels.matmul_attention import (
     MAX_LENGTH,
     MatmulAttention,
     attend,
     attend_grad,
-    columns,
+    plain_backward,
     rows,
 )
 from timefast.kernels.op import (
@@ -41,8 +40,6 @@ from timefast.kernels.op import (
     triton_unavailable,
     why_not_triton,
 )
-
-BACKWARD_SHARED = 180_224  # bytes that float32 time attention takes backward, over 64 frames
 
 _HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
 
@@ -177,15 +174,15 @@ class _MatmulSpace(torch.autograd.Function):
         q_frames, k_frames, v_frames = (
             _frames(*pair) for pair in ((q, cls_q), (k, cls_k), (v, cls_v))
         )
-        saved = rows(q_frames), columns(k_frames), rows(v_frames)
-        out, p = attend(saved, scale)
+        saved = rows(q_frames), rows(k_frames), rows(v_frames)
+        out, p = attend(*saved, scale)
         ctx.save_for_backward(*saved, p)
         ctx.scale, ctx.shape, ctx.dtype = scale, q_frames.shape, q.dtype
         out = out.view(ctx.shape)
         return _patches(out, q.dtype), out[:, :, :, 0].clone()
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: Tensor, grad_cls: Tensor) -> tuple[Tensor | None, ...]:
         grad_rows = rows(_frames(grad, grad_cls))
         grads = [x.view(ctx.shape) for x in attend_grad(grad_rows, ctx.saved_tensors, ctx.scale)]
@@ -210,8 +207,14 @@ def _patches(frames: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _time_triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     from timefast.kernels.divided_attention_triton import time_attention_op
+    from timefast.kernels.shift_attention_triton import shift_attention_op
 
-    return time_attention_op(q, k, v, scale)
+    if q.shape[1] <= (64 if q.dtype == torch.float32 else 128):
+        return time_attention_op(q, k, v, scale)
+    # A program cannot hold the scores of that many frames: tiles of keys, and positions in the
+    # place of frames, of which nothing is shifted.
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, N, T, H, D]
+    return shift_attention_op(q, k, v, 0, scale)[0].transpose(1, 2)
 
 
 def _space_triton(
@@ -231,22 +234,7 @@ def _space_triton(
     return out, _over_frames(cls_frames, frame_weight).to(q.dtype)
 
 
-def _why_not_time_triton(q: Tensor, *others: Tensor, **kwargs: Any) -> list[str]:
-    reasons = why_not_triton(q, max_width=128)
-    if q.shape[1] > 128:
-        reasons.append(f"q has {q.shape[1]} frames; triton takes 1 to 128")
-    if q.is_cuda and q.dtype == torch.float32 and q.shape[1] > 64:
-        properties: Any = torch.cuda.get_device_properties(q.device)  # its stub lacks a field
-        has = properties.shared_memory_per_block_optin
-        if has < BACKWARD_SHARED:
-            reasons.append(
-                f"float32 over {q.shape[1]} frames takes {BACKWARD_SHARED} bytes of shared memory; "
-                f"this GPU has {has} (up to 64 frames run)"
-            )
-    return reasons
-
-
-def _why_not_space_triton(q: Tensor, *others: Tensor, **kwargs: Any) -> list[str]:
+def _why_not_triton(q: Tensor, *others: Tensor, **kwargs: Any) -> list[str]:
     return why_not_triton(q, max_width=128)
 
 
@@ -280,7 +268,7 @@ TIME_ATTENTION = register(
         "time_attention",
         reference=time_attention_reference,
         impls={
-            "triton": Impl(_time_triton, _why_not_time_triton, triton_unavailable, auto=("cuda",)),
+            "triton": Impl(_time_triton, _why_not_triton, triton_unavailable, auto=("cuda",)),
             "cpu": Impl(time_attention_cpu),
         },
         cases=(
@@ -301,9 +289,7 @@ SPACE_ATTENTION = register(
         "space_attention",
         reference=space_attention_reference,
         impls={
-            "triton": Impl(
-                _space_triton, _why_not_space_triton, triton_unavailable, auto=("cuda",)
-            ),
+            "triton": Impl(_space_triton, _why_not_triton, triton_unavailable, auto=("cuda",)),
             "cpu": Impl(space_attention_cpu),
             "xformers": Impl(space_attention_xformers, _why_not_xformers, _no_xformers, auto=()),
         },

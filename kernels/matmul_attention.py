@@ -1,11 +1,13 @@
 """Attention on a CPU by batched matrix products: many short sequences, probabilities kept.
 
-Library attention is tuned for few long sequences. Here there are thousands of short ones, and what
-costs is not arithmetic but copies, products of small matrices with a transposed right operand, and
-softmax over rows too narrow for vector registers. The order in which matrices are laid out here
-avoids most of that, forward and backward. Letters: A sequences, S their length, D head width.
+Library attention is tuned for few long sequences. Here there are thousands of short ones: beside
+the products of small matrices it is copies, and softmax over rows too narrow for vector registers,
+that cost. Each input is copied once, the scale is folded into the products, and backward needs no
+other layout. Letters: A sequences, S their length, D head width.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +18,18 @@ from torch.autograd.function import once_differentiable
 # keeps none, is the better trade.
 MAX_LENGTH = 512
 _NARROW = 16  # softmax over the last dimension walks rows one by one; below this it is slow
+
+
+def plain_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of an autograd function: products keep their dtype even where the caller
+    runs it under autocast, and a second derivative is an error."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return once_differentiable(run)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -30,34 +44,39 @@ def columns(x: Tensor) -> Tensor:
 
 
 def attend(
-    tokens: tuple[Tensor, Tensor, Tensor], scale: float, into: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """From q rows, k columns, v rows: output [A, S, D], written to `into` if given, and
-    probabilities [A, S, S]."""
-    q_rows, k_columns, v_rows = tokens
-    scores = torch.bmm(q_rows, k_columns).mul_(scale)  # [A, S, S]
+    """From [A, S, D] each: output [A, S, D], written to `into` if given, and probabilities
+    [A, S, S]."""
+    scores = _scaled_bmm(q, k.transpose(1, 2), scale)  # [A, S, S]
     if scores.shape[-1] < _NARROW:
-        p = scores.permute(2, 0, 1).softmax(0).permute(1, 2, 0)
+        p = scores.permute(2, 0, 1).softmax(0).permute(1, 2, 0).contiguous()
     else:
         p = scores.softmax(-1)
-    return torch.bmm(p, v_rows, out=into), p
+    return torch.bmm(p, v, out=into), p
 
 
 def attend_grad(
-    grad_rows: Tensor,
+    grad: Tensor,
     saved: tuple[Tensor, Tensor, Tensor, Tensor],
     scale: float,
     into: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, each [A, S, D], written to `into` if given; `saved` is what `attend`
-    took, and probabilities."""
-    q_rows, k_columns, v_rows, p = saved
-    dv = torch.bmm(p.transpose(1, 2), grad_rows, out=into[2])
-    ds = torch.bmm(grad_rows, columns(v_rows)).mul_(p)  # P * dP
-    ds = ds.sub_(p * ds.sum(-1, keepdim=True)).mul_(scale)
-    dq = torch.bmm(ds, k_columns.transpose(1, 2), out=into[0])
-    dk = torch.bmm(ds.transpose(1, 2), q_rows, out=into[1])
+    """Gradients of q, k, v, each [A, S, D], written to `into` if given; `saved` is q, k, v and
+    the probabilities."""
+    q, k, v, p = saved
+    dv = torch.bmm(p.transpose(1, 2), grad, out=into[2])
+    ds = torch.bmm(grad, v.transpose(1, 2)).mul_(p)  # P * dP
+    ds.sub_(p * ds.sum(-1, keepdim=True))
+    dq = _scaled_bmm(ds, k, scale, into[0])
+    dk = _scaled_bmm(ds.transpose(1, 2), q, scale, into[1])
     return dq, dk, dv
+
+
+def _scaled_bmm(a: Tensor, b: Tensor, scale: float, into: Tensor | None = None) -> Tensor:
+    if into is None:
+        into = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(into, a, b, beta=0, alpha=scale, out=into)
 
 
 class MatmulAttention(torch.autograd.Function):
@@ -71,14 +90,14 @@ class MatmulAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, order: tuple[int, ...]
     ) -> Tensor:
         q, k, v = (x.permute(order) for x in (q, k, v))
-        saved = rows(q), columns(k), rows(v)
-        out, p = attend(saved, scale)
+        saved = rows(q), rows(k), rows(v)
+        out, p = attend(*saved, scale)
         ctx.save_for_backward(*saved, p)
         ctx.scale, ctx.order, ctx.back, ctx.dtype = scale, order, _inverse(order), q.dtype
         return out.view(q.shape).permute(ctx.back).to(ctx.dtype)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.permute(ctx.order)
         grads = attend_grad(rows(grad), ctx.saved_tensors, ctx.scale)

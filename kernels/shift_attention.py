@@ -17,14 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.autograd.function import once_differentiable
 
 from timefast.kernels.matmul_attention import (
     MAX_LENGTH,
     MatmulAttention,
     attend,
     attend_grad,
-    columns,
+    plain_backward,
     rows,
 )
 from timefast.kernels.op import (
@@ -73,19 +72,19 @@ class _MatmulShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, fold: int, scale: float) -> Tensor:
         q, k, v = (x.permute(_ORDER) for x in (q, k, v))
-        saved = rows(q), columns(k), rows(v)
+        saved = rows(q), rows(k), rows(v)
         out = torch.zeros_like(saved[0])
         ctx.stretches = _stretches(q.shape, fold)
         probabilities = []
         for asking, asked in ctx.stretches:
             tokens = saved[0][asking], saved[1][asked], saved[2][asked]
-            probabilities.append(attend(tokens, scale, out[asking])[1])
+            probabilities.append(attend(*tokens, scale, out[asking])[1])
         ctx.save_for_backward(*saved, *probabilities)
         ctx.scale, ctx.shape, ctx.dtype = scale, q.shape, q.dtype
         return _from_rows(out, ctx)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *probabilities = ctx.saved_tensors
         grad = rows(grad.permute(_ORDER))

@@ -25,9 +25,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.autograd.function import once_differentiable
 
-from timefast.kernels.matmul_attention import columns, rows
+from timefast.kernels.matmul_attention import columns, plain_backward, rows
 from timefast.kernels.op import (
     Case,
     Impl,
@@ -161,7 +160,7 @@ class _Absorbed(torch.autograd.Function):
         return out, cls_out
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: Tensor, grad_cls: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *cls, w_q, b_q, w_kv, b_kv = ctx.saved_tensors
         projected, scale = ctx.projected, ctx.scale

@@ -754,7 +754,8 @@ def _backward(
     grad = torch.zeros_like(saved[0]) if grad is None else grad
     grad_cls = torch.zeros_like(saved[3]) if grad_cls is None else grad_cls
     arguments = (grad, grad_cls, *saved, ctx.projected, ctx.scale)
-    grads = trajectory_attention_backward_op(*arguments)
+    with torch.autocast(saved[0].device.type, enabled=False):  # its products keep their dtype
+        grads = trajectory_attention_backward_op(*arguments)
     kept = (None if x is None else g for x, g in zip(saved[:10], grads, strict=True))
     return *kept, None, None
 

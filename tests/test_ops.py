@@ -218,6 +218,23 @@ def test_autocast_rounds_inputs_to_its_dtype(name):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_backward_pass_under_autocast_is_as_exact_as_outside(name):
+    args, kwargs = build(OPS[name].cases[0])
+    grads = upstream(name, args, kwargs)
+    for impl in implementations_for(name, args, kwargs):
+        outside = run(getattr(ops, name), args, {**kwargs, "impl": impl}, None, grads)
+        leaves = [x.detach().requires_grad_() for x in args]
+        out = getattr(ops, name)(*leaves, **kwargs, impl=impl)
+        out = out if isinstance(out, tuple) else (out,)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = torch.autograd.grad(
+                out, leaves, [g.to(x.dtype) for g, x in zip(grads, out, strict=True)]
+            )
+        for got, want in zip(inside, outside[len(out) :], strict=False):
+            assert relative_error(got.double(), want) < 1e-6, impl
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_under_activation_checkpointing_gradients_are_the_same(name):
     args, kwargs = build(OPS[name].cases[0])
     grads = upstream(name, args, kwargs)
