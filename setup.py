@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+_DALI = "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'"
+
 setup(
     name="timefast",
     version="0.1.0",
@@ -31,9 +33,19 @@ setup(
         "jinja2",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "transformers"],
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "transformers",
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
+            _DALI,  # its CPU decoder is tested wherever there is a wheel
+        ],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
         "dev": ["ruff", "mypy"],
         "tensorboard": ["tensorboard"],
-        "dali": ["nvidia-dali-cuda130>=2.4"],
+        "dali": [_DALI],
     },
 )

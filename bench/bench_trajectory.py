@@ -1,8 +1,9 @@
 """Trajectory attention beside its rivals: the form of the published code, the same compiled, and
-one that uses SDPA for the first step. Forward, backward and both, with peak memory; on a GPU the
-paper's shapes in bfloat16, without one mid sizes in float32.
+one that uses SDPA for the first step. Forward, backward and both, with peak memory and what is kept
+in between; on a GPU the paper's shapes in bfloat16, without one mid sizes in float32.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.bench_ops import DEVICE, DTYPE, _bytes, _error
+from bench.bench_ops import DEVICE, DTYPE, _bytes, error_of, skipped_unless_it_fits
 from bench.conftest import LIMITS, ON_GPU
 from timefast import ops
 from timefast.kernels.op import OPS, Case
@@ -92,11 +93,12 @@ def _points() -> Iterator[Any]:
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd", "fwd+bwd"])
 @pytest.mark.parametrize("case, form", list(_points()))
+@skipped_unless_it_fits()
 def bench_trajectory(measure: Callable[..., None], case: Case, form: str, direction: str) -> None:
     args, kwargs = case.build(DTYPE, DEVICE, torch.Generator().manual_seed(0))
     inputs = [x.detach().requires_grad_() for x in args]
     function = _function(form)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, kept_for_backward() as kept:
         outputs = function(*inputs, **kwargs)
     if form in ("published", "cpu"):
         expected = forward_flops(args[0].shape, form, kwargs["values"])
@@ -110,12 +112,14 @@ def bench_trajectory(measure: Callable[..., None], case: Case, form: str, direct
     def backward(outputs: tuple[Tensor, ...] = outputs) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
 
-    error = _error("trajectory_attention", inputs, kwargs, upstream, (*outputs, *backward()))
+    error = error_of((*outputs, *backward()), "trajectory_attention", inputs, kwargs, upstream)
     runs = {"fwd": forward, "bwd": backward, "fwd+bwd": lambda: backward(forward())}
     kind = "published" if form in ("published", "published compiled", "sdpa") else form
     flops = forward_flops(args[0].shape, kind, kwargs["values"])
     passes = {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[direction]  # recomputation is not counted
-    memory = {} if ON_GPU else {"peak_memory_cpu": peak_memory(runs[direction])}
+    memory = {"kept_memory": sum(kept.values())}
+    if not ON_GPU:
+        memory["peak_memory_cpu"] = peak_memory(runs[direction])
     measure(
         runs[direction], error=error, limit=LIMITS[DTYPE], op="trajectory_attention", impl=form,
         case=case.name, shapes=[list(x.shape) for x in args], direction=direction,
@@ -133,6 +137,19 @@ def forward_flops(shape: tuple[int, ...], form: str, values: str) -> float:
         return both + queries * frames * (4 * dim**2 + 4 * dim)
     halves = 1 if values == "trajectory" else 2
     return both + halves * queries * (2 * dim**2 + 2 * heads * frames * dim)
+
+
+@contextlib.contextmanager
+def kept_for_backward() -> Iterator[dict[int, int]]:
+    """Bytes of each storage, inputs among them, that autograd keeps of what runs in it."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield kept
 
 
 def peak_memory(run: Callable[[], Any]) -> int:

@@ -114,7 +114,14 @@ def environment() -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = _output(*query).splitlines()[0]
     versions = {}
-    for package in ("torch", "triton", "xformers", "nvidia-dali-cuda130", "opencv-python-headless"):
+    for package in (
+        "torch",
+        "triton",
+        "xformers",
+        "nvidia-dali-cuda130",
+        "opencv-python-headless",
+        "av",
+    ):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

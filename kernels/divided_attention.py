@@ -281,6 +281,7 @@ TIME_ATTENTION = register(
             _time_case("paper-ssv2", 8, 8, 196, 12, 64, size="paper"),
             _time_case("paper-ssv2-b64", 64, 8, 196, 12, 64, size="paper"),
             _time_case("paper-16-frames", 8, 16, 196, 12, 64, size="paper"),
+            _time_case("paper-16-frames-b64", 64, 16, 196, 12, 64, size="paper"),
         ),
     )
 )
@@ -304,6 +305,7 @@ SPACE_ATTENTION = register(
             _space_case("paper-ssv2", 8, 8, 196, 12, 64, size="paper"),
             _space_case("paper-ssv2-b64", 64, 8, 196, 12, 64, size="paper"),
             _space_case("paper-16-frames", 8, 16, 196, 12, 64, size="paper"),
+            _space_case("paper-16-frames-b64", 64, 16, 196, 12, 64, size="paper"),
         ),
     )
 )

@@ -388,7 +388,7 @@ def _space_attention_fwd_kernel(
     DP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TAIL_K: tl.constexpr,  # tile for the N % BLOCK_K keys that are left, 0 if none are
+    TAIL_K: tl.constexpr,  # tile for the N % BLOCK_K keys left; 0: none, BLOCK_K: mask all tiles
     WIDEN: tl.constexpr,
 ):
     b, t, h, tile = _space_tile(T, H, tl.cdiv(N + 1, BLOCK_Q))
@@ -411,15 +411,17 @@ def _space_attention_fwd_kernel(
 
     k_base = k_ptr + b * k_stride_b + t * k_stride_t + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + t * v_stride_t + h * v_stride_h
+    MASKED: tl.constexpr = TAIL_K == BLOCK_K
     whole = N // BLOCK_K * BLOCK_K
-    for start in range(0, whole, BLOCK_K):
+    for start in range(0, N if MASKED else whole, BLOCK_K):
         key = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        k = _load(k_base, key * k_stride_n, None, cols, k_stride_d, D, DP)
-        v = _load(v_base, key * v_stride_n, None, cols, v_stride_d, D, DP)
+        valid = key < N if MASKED else None
+        k = _load(k_base, key * k_stride_n, valid, cols, k_stride_d, D, DP)
+        v = _load(v_base, key * v_stride_n, valid, cols, v_stride_d, D, DP)
         best, total, acc = _space_fwd_step(
-            q, k, v, None, best, total, acc, scale_log2, False, WIDEN
+            q, k, v, valid, best, total, acc, scale_log2, MASKED, WIDEN
         )
-    if TAIL_K > 0:
+    if TAIL_K > 0 and not MASKED:
         key = (whole + tl.arange(0, TAIL_K)).to(tl.int64)
         k = _load(k_base, key * k_stride_n, key < N, cols, k_stride_d, D, DP)
         v = _load(v_base, key * v_stride_n, key < N, cols, v_stride_d, D, DP)
@@ -566,13 +568,15 @@ def _space_attention_bwd_dq_kernel(
 
     k_base = k_ptr + b * k_stride_b + t * k_stride_t + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + t * v_stride_t + h * v_stride_h
+    MASKED: tl.constexpr = TAIL_K == BLOCK_K
     whole = N // BLOCK_K * BLOCK_K
-    for start in range(0, whole, BLOCK_K):
+    for start in range(0, N if MASKED else whole, BLOCK_K):
         key = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        k = _load(k_base, key * k_stride_n, None, cols, k_stride_d, D, DP)
-        v = _load(v_base, key * v_stride_n, None, cols, v_stride_d, D, DP)
-        dq = _space_dq_step(q, grad, k, v, None, lse, delta, dq, scale, scale_log2, False, WIDEN)
-    if TAIL_K > 0:
+        valid = key < N if MASKED else None
+        k = _load(k_base, key * k_stride_n, valid, cols, k_stride_d, D, DP)
+        v = _load(v_base, key * v_stride_n, valid, cols, v_stride_d, D, DP)
+        dq = _space_dq_step(q, grad, k, v, valid, lse, delta, dq, scale, scale_log2, MASKED, WIDEN)
+    if TAIL_K > 0 and not MASKED:
         key = (whole + tl.arange(0, TAIL_K)).to(tl.int64)
         k = _load(k_base, key * k_stride_n, key < N, cols, k_stride_d, D, DP)
         v = _load(v_base, key * v_stride_n, key < N, cols, v_stride_d, D, DP)
@@ -580,6 +584,18 @@ def _space_attention_bwd_dq_kernel(
 
     _store(dq_ptr, out_rows, patch, cols, dq, D, DP)
     _store(cls_dq_ptr, cls_row + 0 * n, row == 0, cols, dq, D, DP)
+
+
+@triton.jit
+def _load_statistics(lse_ptr, delta_ptr, rows, valid):
+    """Of queries; where there is none, an infinite log-sum-exp makes its probabilities 0."""
+    if valid is None:
+        lse = tl.load(lse_ptr + rows)
+        delta = tl.load(delta_ptr + rows)
+    else:
+        lse = tl.load(lse_ptr + rows, mask=valid, other=float("inf"))
+        delta = tl.load(delta_ptr + rows, mask=valid, other=0.0)
+    return lse, delta
 
 
 @triton.jit
@@ -641,7 +657,7 @@ def _space_attention_bwd_dkv_kernel(
     DP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TAIL_Q: tl.constexpr,  # tile for the N % BLOCK_Q queries that are left, 0 if none are
+    TAIL_Q: tl.constexpr,  # tile for the N % BLOCK_Q queries left; 0: none, BLOCK_Q: mask all
     WIDEN: tl.constexpr,
 ):
     b, t, h, tile = _space_tile(T, H, tl.cdiv(N, BLOCK_K))
@@ -670,21 +686,21 @@ def _space_attention_bwd_dkv_kernel(
 
     q_base = q_ptr + b * q_stride_b + t * q_stride_t + h * q_stride_h
     grad_base = grad_ptr + b * grad_stride_b + t * grad_stride_t + h * grad_stride_h
+    MASKED: tl.constexpr = TAIL_Q == BLOCK_Q
     whole = N // BLOCK_Q * BLOCK_Q
-    for start in range(0, whole, BLOCK_Q):
+    for start in range(0, N if MASKED else whole, BLOCK_Q):
         query = (start + tl.arange(0, BLOCK_Q)).to(tl.int64)
-        q = _load(q_base, query * q_stride_n, None, cols, q_stride_d, D, DP)
-        grad = _load(grad_base, query * grad_stride_n, None, cols, grad_stride_d, D, DP)
-        lse = tl.load(lse_ptr + 1 + query)
-        delta = tl.load(delta_ptr + 1 + query)
+        valid = query < N if MASKED else None
+        q = _load(q_base, query * q_stride_n, valid, cols, q_stride_d, D, DP)
+        grad = _load(grad_base, query * grad_stride_n, valid, cols, grad_stride_d, D, DP)
+        lse, delta = _load_statistics(lse_ptr, delta_ptr, 1 + query, valid)
         dk, dv = _space_dkv_step(k, v, q, grad, lse, delta, dk, dv, scale, scale_log2, WIDEN)
-    if TAIL_Q > 0:
+    if TAIL_Q > 0 and not MASKED:
         query = (whole + tl.arange(0, TAIL_Q)).to(tl.int64)
         left = query < N
         q = _load(q_base, query * q_stride_n, left, cols, q_stride_d, D, DP)
         grad = _load(grad_base, query * grad_stride_n, left, cols, grad_stride_d, D, DP)
-        lse = tl.load(lse_ptr + 1 + query, mask=left, other=float("inf"))  # makes p = 0
-        delta = tl.load(delta_ptr + 1 + query, mask=left, other=0.0)
+        lse, delta = _load_statistics(lse_ptr, delta_ptr, 1 + query, left)
         dk, dv = _space_dkv_step(k, v, q, grad, lse, delta, dk, dv, scale, scale_log2, WIDEN)
 
     out_rows = ((frame * N + key) * H + h) * D

@@ -17,9 +17,11 @@ of static pixels sit exactly on the edge of what counts as inside the image.
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,8 +63,9 @@ def farneback(
     box, `iterations` the number of updates per scale, `poly_n` the radius and `poly_sigma` the
     standard deviation of the expansion's Gaussian window, all in pixels.
 
-    Raises ValueError for wrong shapes, dtypes or parameters, NotImplementedError with the reasons
-    if the implementation named cannot run: "reference" (PyTorch), "cpu" (OpenCV over a pool of
+    Raises ValueError for wrong shapes, dtypes or parameters and for images smaller than the window
+    of the expansion, 2 poly_n + 1 pixels a side; NotImplementedError with the reasons if the
+    implementation named cannot run: "reference" (PyTorch), "cpu" (OpenCV over a pool of
     `torch.get_num_threads()` threads), "cv2" (OpenCV, pair after pair), "cv2_cuda" (OpenCV's CUDA
     class, where the installed OpenCV has it) or "triton".
     """
@@ -76,6 +79,7 @@ def farneback(
         if image.is_complex():
             raise ValueError(f"{name}: expected a real dtype, got {image.dtype}")
     check_parameters(pyr_scale, levels, winsize, iterations, poly_n, poly_sigma)
+    check_size("prev", prev.shape[-2], prev.shape[-1], poly_n)
     return dispatch(
         farneback_op,
         impl,
@@ -106,6 +110,16 @@ def check_parameters(
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
     if not 0 <= poly_sigma < math.inf:
         raise ValueError(f"poly_sigma: expected a number of pixels, 0 or more, got {poly_sigma}")
+
+
+def check_size(name: str, height: int, width: int, poly_n: int) -> None:
+    """Raise ValueError for images that hold no window of the polynomial expansion."""
+    window = 2 * poly_n + 1
+    if min(height, width) < window:
+        raise ValueError(
+            f"{name}: images of {height} x {width} are too small to expand: poly_n={poly_n} fits "
+            f"polynomials over {window} x {window} pixels; use larger images or a smaller poly_n"
+        )
 
 
 class Scale(NamedTuple):
@@ -361,13 +375,28 @@ def _opencv(prev: Tensor, next: Tensor, *, threads: int, **parameters: Any) -> T
     def one(pair: int) -> None:
         cv2.calcOpticalFlowFarneback(first[pair], second[pair], out[pair], **parameters, flags=0)
 
-    if threads > 1 and pairs > 1:
-        with ThreadPoolExecutor(min(threads, pairs)) as pool:
-            list(pool.map(one, range(pairs)))  # the list re-raises what a thread raised
-    else:
-        for pair in range(pairs):
-            one(pair)
+    for_each(one, pairs, threads)
     return flow.permute(0, 3, 1, 2).contiguous().view(*batch, 2, height, width)
+
+
+def opencv_patch_means(prev: np.ndarray, next: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Mean vectors [rows, columns, 2] of the published flow between two grey float32 images, taken
+    while the flow is in cache."""
+    import cv2
+
+    parameters: dict[str, Any] = {**PUBLISHED, "flags": 0}
+    flow = cv2.calcOpticalFlowFarneback(prev, next, None, **parameters)  # type: ignore[call-overload]
+    return cv2.resize(flow, (columns, rows), interpolation=cv2.INTER_AREA)
+
+
+def for_each(work: Callable[[int], None], count: int, threads: int) -> None:
+    """work(0) .. work(count - 1) over a pool, for work that holds no lock most of the time."""
+    if threads > 1 and count > 1:
+        with ThreadPoolExecutor(min(threads, count)) as pool:
+            list(pool.map(work, range(count)))  # the list re-raises what a thread raised
+    else:
+        for i in range(count):
+            work(i)
 
 
 def farneback_cv2_cuda(
@@ -436,7 +465,7 @@ def opencv_missing() -> list[str]:
     return []
 
 
-def _opencv_cuda_missing() -> list[str]:
+def opencv_cuda_missing() -> list[str]:
     if reasons := opencv_missing():
         return reasons
     import cv2
@@ -497,7 +526,7 @@ farneback_op = register(
             "triton": Impl(_farneback_triton, why_not_triton, triton_unavailable, auto=("cuda",)),
             "cpu": Impl(farneback_cpu, _why_not_cpu, opencv_missing, auto=("cpu",)),
             "cv2": Impl(farneback_cv2, _why_not_cv2, opencv_missing, auto=()),
-            "cv2_cuda": Impl(farneback_cv2_cuda, _why_not_cv2_cuda, _opencv_cuda_missing, auto=()),
+            "cv2_cuda": Impl(farneback_cv2_cuda, _why_not_cv2_cuda, opencv_cuda_missing, auto=()),
         },
         cases=(
             _case("one-scale", (1,), 17, 19, "tiny", winsize=3, iterations=1, poly_n=2),

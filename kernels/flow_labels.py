@@ -18,15 +18,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from timefast.kernels.farneback import (
     PUBLISHED,
-    farneback_cpu,
-    farneback_cv2,
+    check_size,
+    farneback_cv2_cuda,
     farneback_reference,
+    for_each,
+    opencv_cuda_missing,
     opencv_missing,
+    opencv_patch_means,
     smooth_texture,
     why_not_triton,
 )
@@ -56,13 +60,17 @@ def flow_labels(
     `rule` is "minmax" or "tau" (see above); `tau` in pixels at this resolution goes with the second
     alone. A pair with a NaN in its flow has label 0 everywhere. The result carries no gradient.
 
-    Raises ValueError for wrong shapes or dtypes, a height or width that is no multiple of
-    `patch_size`, an unknown rule, a tau that is missing or does not belong; NotImplementedError
-    with the reasons if the implementation named cannot run.
+    Raises ValueError for wrong shapes or dtypes, a single frame, a height or width that is no
+    multiple of `patch_size` or under 11 pixels, an unknown rule, a tau that is missing or does not
+    belong; NotImplementedError with the reasons if the implementation named cannot run: those of
+    `farneback`.
     """
-    if video.dim() != 5 or video.shape[1] != 3 or video.shape[2] < 1:
+    if video.dim() != 5 or video.shape[1] != 3:
+        raise ValueError(f"video: expected [B, 3, T, height, width], got {list(video.shape)}")
+    if video.shape[2] < 2:
         raise ValueError(
-            f"video: expected [B, 3, T, height, width] with T >= 1, got {list(video.shape)}"
+            f"video: expected two or more frames, since a label is about a pair of them; got T = "
+            f"{video.shape[2]} in {list(video.shape)}"
         )
     if not (video.is_floating_point() or video.dtype == torch.uint8):
         raise ValueError(f"video: expected normalised floats or uint8 frames, got {video.dtype}")
@@ -72,6 +80,7 @@ def flow_labels(
             f"video: expected height and width to be multiples of patch_size={patch_size}, "
             f"got {height} x {width}"
         )
+    check_size("video", height, width, PUBLISHED["poly_n"])
     if rule not in ("minmax", "tau"):
         raise ValueError(f'rule: expected "minmax" or "tau", got {rule!r}')
     if rule == "minmax" and tau is not None:
@@ -162,28 +171,57 @@ def flow_labels_reference(
     return _labels(flow, patch_size, tau)
 
 
-def flow_labels_cpu(
-    video: Tensor,
-    *,
-    patch_size: int,
-    tau: float | None,
-    channels: tuple[float, float, float, float],
-) -> Tensor:
-    """As the reference, with OpenCV's flow over a pool of threads."""
-    frames = grey(video, channels)
-    return _labels(farneback_cpu(frames[:, :-1], frames[:, 1:], **PUBLISHED), patch_size, tau)
+def flow_labels_cpu(video: Tensor, **parameters: Any) -> Tensor:
+    """OpenCV over a pool of threads, frame by frame and then pair by pair."""
+    return _opencv(video, threads=torch.get_num_threads(), **parameters)
 
 
-def flow_labels_cv2(
-    video: Tensor,
-    *,
-    patch_size: int,
-    tau: float | None,
-    channels: tuple[float, float, float, float],
-) -> Tensor:
+def flow_labels_cv2(video: Tensor, **parameters: Any) -> Tensor:
     """As the published code runs it: OpenCV's flow, pair after pair on the calling thread."""
+    return _opencv(video, threads=1, **parameters)
+
+
+def _opencv(
+    video: Tensor,
+    *,
+    threads: int,
+    patch_size: int,
+    tau: float | None,
+    channels: tuple[float, float, float, float],
+) -> Tensor:
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()  # a decorator would import the compiler with this file
+    clips, _, frames, height, width = video.shape
+    rows, columns = height // patch_size, width // patch_size
+    colours = video.float().numpy()
+    greys = np.empty((clips, frames, height, width), np.float32)
+    vectors = np.empty((clips, frames - 1, rows, columns, 2), np.float32)
+
+    # NumPy here, since threads of PyTorch wait by spinning, on cores that the pool could use.
+    def to_grey(i: int) -> None:
+        red, green, blue = colours[i // frames, :, i % frames]
+        grey = red * channels[0] + green * channels[1] + blue * channels[2] + channels[3]
+        greys[i // frames, i % frames] = grey
+
+    def to_vectors(i: int) -> None:
+        clip, t = divmod(i, frames - 1)
+        vectors[clip, t] = opencv_patch_means(greys[clip, t], greys[clip, t + 1], rows, columns)
+
+    for_each(to_grey, clips * frames, threads)
+    for_each(to_vectors, clips * (frames - 1), threads)
+    return label_vectors(torch.from_numpy(vectors).flatten(2, 3).transpose(-2, -1), tau)
+
+
+def flow_labels_cv2_cuda(
+    video: Tensor,
+    *,
+    patch_size: int,
+    tau: float | None,
+    channels: tuple[float, float, float, float],
+) -> Tensor:
+    """As the reference, with the flow of OpenCV's CUDA class; its results differ."""
     frames = grey(video, channels)
-    return _labels(farneback_cv2(frames[:, :-1], frames[:, 1:], **PUBLISHED), patch_size, tau)
+    return _labels(farneback_cv2_cuda(frames[:, :-1], frames[:, 1:], **PUBLISHED), patch_size, tau)
 
 
 def _flow_labels_triton(video: Tensor, **parameters: Any) -> Tensor:
@@ -215,9 +253,9 @@ flow_labels_op = register(
             "triton": Impl(_flow_labels_triton, why_not_triton, triton_unavailable, auto=("cuda",)),
             "cpu": Impl(flow_labels_cpu, _why_not_opencv, opencv_missing, auto=("cpu",)),
             "cv2": Impl(flow_labels_cv2, _why_not_opencv, opencv_missing, auto=()),
+            "cv2_cuda": Impl(flow_labels_cv2_cuda, unavailable=opencv_cuda_missing, auto=()),
         },
         cases=(
-            _case("one-frame", 2, 1, 32, 32, "tiny"),
             _case("8 x 112 x 112", 1, 8, 112, 112, "mid", rule="tau", tau=0.5),
             _case("8 x 224 x 224", 1, 8, 224, 224, "mid"),
             _case("8 x 224 x 224, 1 clip", 1, 8, 224, 224, "paper"),

@@ -161,6 +161,8 @@ SHIFT_ATTENTION = register(
             _case("mid", 2, 8, 50, 4, 64, size="mid"),
             _case("paper-ssv2", 8, 8, 197, 12, 64, size="paper"),
             _case("paper-ssv2-b64", 64, 8, 197, 12, 64, size="paper"),
+            _case("paper-16-frames", 8, 16, 197, 12, 64, size="paper"),
+            _case("paper-16-frames-b64", 64, 16, 197, 12, 64, size="paper"),
         ),
     )
 )

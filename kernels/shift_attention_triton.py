@@ -30,6 +30,7 @@ from torch import Tensor
 from timefast.kernels.divided_attention_triton import (
     LOG2_E,
     _load,
+    _load_statistics,
     _no_second_derivative,
     _space_dkv_step,
     _space_dq_step,
@@ -146,7 +147,7 @@ def _shift_attention_fwd_kernel(
     DP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TAIL_K: tl.constexpr,  # tile for the S % BLOCK_K keys that are left, 0 if none are
+    TAIL_K: tl.constexpr,  # tile for the S % BLOCK_K keys left; 0: none, BLOCK_K: mask all tiles
     WIDEN: tl.constexpr,
 ):
     b, t, h, tile = _space_tile(T, H, tl.cdiv(S, BLOCK_Q))
@@ -169,21 +170,23 @@ def _shift_attention_fwd_kernel(
     q = _load(q_ptr, q_rows, row < S, cols, q_stride_d, D, DP)
     k_base = k_ptr + b * k_stride_b + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
+    MASKED: tl.constexpr = TAIL_K == BLOCK_K
     whole = S // BLOCK_K * BLOCK_K
-    for start in range(0, whole, BLOCK_K):
+    for start in range(0, S if MASKED else whole, BLOCK_K):
         key = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        valid = key < S if MASKED else None
         k = _load_shifted(
-            k_base, key * k_stride_s, None, frame, exists, k_stride_t, cols, k_stride_d, D, DP,
+            k_base, key * k_stride_s, valid, frame, exists, k_stride_t, cols, k_stride_d, D, DP,
             WHOLE_HEADS, GROUP,
         )  # fmt: skip
         v = _load_shifted(
-            v_base, key * v_stride_s, None, frame, exists, v_stride_t, cols, v_stride_d, D, DP,
+            v_base, key * v_stride_s, valid, frame, exists, v_stride_t, cols, v_stride_d, D, DP,
             WHOLE_HEADS, GROUP,
         )  # fmt: skip
         best, total, acc = _space_fwd_step(
-            q, k, v, None, best, total, acc, scale_log2, False, WIDEN
+            q, k, v, valid, best, total, acc, scale_log2, MASKED, WIDEN
         )
-    if TAIL_K > 0:
+    if TAIL_K > 0 and not MASKED:
         key = (whole + tl.arange(0, TAIL_K)).to(tl.int64)
         k = _load_shifted(
             k_base, key * k_stride_s, key < S, frame, exists, k_stride_t, cols, k_stride_d, D, DP,
@@ -269,19 +272,21 @@ def _shift_attention_bwd_dq_kernel(
 
     k_base = k_ptr + b * k_stride_b + h * k_stride_h
     v_base = v_ptr + b * v_stride_b + h * v_stride_h
+    MASKED: tl.constexpr = TAIL_K == BLOCK_K
     whole = S // BLOCK_K * BLOCK_K
-    for start in range(0, whole, BLOCK_K):
+    for start in range(0, S if MASKED else whole, BLOCK_K):
         key = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        valid = key < S if MASKED else None
         k = _load_shifted(
-            k_base, key * k_stride_s, None, frame, exists, k_stride_t, cols, k_stride_d, D, DP,
+            k_base, key * k_stride_s, valid, frame, exists, k_stride_t, cols, k_stride_d, D, DP,
             WHOLE_HEADS, GROUP,
         )  # fmt: skip
         v = _load_shifted(
-            v_base, key * v_stride_s, None, frame, exists, v_stride_t, cols, v_stride_d, D, DP,
+            v_base, key * v_stride_s, valid, frame, exists, v_stride_t, cols, v_stride_d, D, DP,
             WHOLE_HEADS, GROUP,
         )  # fmt: skip
-        dq = _space_dq_step(q, grad, k, v, None, lse, delta, dq, scale, scale_log2, False, WIDEN)
-    if TAIL_K > 0:
+        dq = _space_dq_step(q, grad, k, v, valid, lse, delta, dq, scale, scale_log2, MASKED, WIDEN)
+    if TAIL_K > 0 and not MASKED:
         key = (whole + tl.arange(0, TAIL_K)).to(tl.int64)
         k = _load_shifted(
             k_base, key * k_stride_s, key < S, frame, exists, k_stride_t, cols, k_stride_d, D, DP,
@@ -337,7 +342,7 @@ def _shift_attention_bwd_dkv_kernel(
     DP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TAIL_Q: tl.constexpr,  # tile for the S % BLOCK_Q queries that are left, 0 if none are
+    TAIL_Q: tl.constexpr,  # tile for the S % BLOCK_Q queries left; 0: none, BLOCK_Q: mask all
     WIDEN: tl.constexpr,
 ):
     """Frame t is that of the queries."""
@@ -372,21 +377,21 @@ def _shift_attention_bwd_dkv_kernel(
     grad_base = grad_ptr + b * grad_stride_b + t * grad_stride_t + h * grad_stride_h
     lse_ptr += ((b * T + t) * H + h) * S
     delta_ptr += ((b * T + t) * H + h) * S
+    MASKED: tl.constexpr = TAIL_Q == BLOCK_Q
     whole = S // BLOCK_Q * BLOCK_Q
-    for start in range(0, whole, BLOCK_Q):
+    for start in range(0, S if MASKED else whole, BLOCK_Q):
         query = (start + tl.arange(0, BLOCK_Q)).to(tl.int64)
-        q = _load(q_base, query * q_stride_s, None, cols, q_stride_d, D, DP)
-        grad = _load(grad_base, query * grad_stride_s, None, cols, grad_stride_d, D, DP)
-        lse = tl.load(lse_ptr + query)
-        delta = tl.load(delta_ptr + query)
+        valid = query < S if MASKED else None
+        q = _load(q_base, query * q_stride_s, valid, cols, q_stride_d, D, DP)
+        grad = _load(grad_base, query * grad_stride_s, valid, cols, grad_stride_d, D, DP)
+        lse, delta = _load_statistics(lse_ptr, delta_ptr, query, valid)
         dk, dv = _space_dkv_step(k, v, q, grad, lse, delta, dk, dv, scale, scale_log2, WIDEN)
-    if TAIL_Q > 0:
+    if TAIL_Q > 0 and not MASKED:
         query = (whole + tl.arange(0, TAIL_Q)).to(tl.int64)
         left = query < S
         q = _load(q_base, query * q_stride_s, left, cols, q_stride_d, D, DP)
         grad = _load(grad_base, query * grad_stride_s, left, cols, grad_stride_d, D, DP)
-        lse = tl.load(lse_ptr + query, mask=left, other=float("inf"))  # makes p = 0
-        delta = tl.load(delta_ptr + query, mask=left, other=0.0)
+        lse, delta = _load_statistics(lse_ptr, delta_ptr, query, left)
         dk, dv = _space_dkv_step(k, v, q, grad, lse, delta, dk, dv, scale, scale_log2, WIDEN)
 
     _store_shifted(
@@ -412,6 +417,17 @@ def shift_constants(q: Tensor, k: Tensor, v: Tensor, fold: int) -> dict[str, Any
     return {"WHOLE_HEADS": False, "GROUP": group}
 
 
+def _shift_setting(
+    name: str, q: Tensor, k: Tensor, v: Tensor, fold: int, over: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compile-time constants, and options of the launch."""
+    shift = shift_constants(q, k, v, fold)
+    if not shift["WHOLE_HEADS"] and shift["GROUP"] < 8:  # an address per column: smaller tiles
+        name += "_by_column"
+    constants, options = _space_setting(name, q, over)
+    return {**constants, **shift}, options
+
+
 @torch.library.custom_op("timefast::shift_attention", mutates_args=())
 def shift_attention_op(
     q: Tensor, k: Tensor, v: Tensor, fold: int, scale: float
@@ -421,8 +437,7 @@ def shift_attention_op(
     out, lse = _outputs(q)
     if q.numel() == 0:
         return out, lse
-    constants, options = _space_setting("shift_attention_fwd", q, over="keys")
-    constants |= shift_constants(q, k, v, fold)
+    constants, options = _shift_setting("shift_attention_fwd", q, k, v, fold, over="keys")
     arguments = (q, k, v, out, lse, *_strides(q, k, v), *q.shape[1:4], fold, scale * LOG2_E)
     tiles = triton.cdiv(q.shape[2], constants["BLOCK_Q"])
     _space_launch(_shift_attention_fwd_kernel, q, tiles, arguments, **constants, **options)
@@ -451,19 +466,18 @@ def shift_attention_backward_op(
     delta = torch.empty_like(lse)
     strides = _strides(grad, q, k, v)
     sizes = (*q.shape[1:4], fold, scale, scale * LOG2_E)
-    shift = shift_constants(q, k, v, fold)
 
-    constants, options = _space_setting("shift_attention_bwd_dq", q, over="keys")
+    constants, options = _shift_setting("shift_attention_bwd_dq", q, k, v, fold, over="keys")
     arguments = (grad, q, k, v, out, lse, dq, delta, *strides, *sizes)
     tiles = triton.cdiv(q.shape[2], constants["BLOCK_Q"])
     kernel = _shift_attention_bwd_dq_kernel
-    _space_launch(kernel, q, tiles, arguments, **constants, **shift, **options)
+    _space_launch(kernel, q, tiles, arguments, **constants, **options)
 
-    constants, options = _space_setting("shift_attention_bwd_dkv", q, over="queries")
+    constants, options = _shift_setting("shift_attention_bwd_dkv", q, k, v, fold, over="queries")
     arguments = (grad, q, k, v, lse, delta, dk, dv, *strides, *sizes)
     tiles = triton.cdiv(q.shape[2], constants["BLOCK_K"])
     kernel = _shift_attention_bwd_dkv_kernel
-    _space_launch(kernel, q, tiles, arguments, **constants, **shift, **options)
+    _space_launch(kernel, q, tiles, arguments, **constants, **options)
     return dq, dk, dv
 
 

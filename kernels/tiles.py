@@ -2,9 +2,10 @@
 
 A table belongs to an architecture (`sm_80`, `sm_90`: defaults for every GPU) or to a GPU model
 (`<name>` is torch.cuda.get_device_name in lower case with dashes), whose kernels replace those of
-the architecture. A kernel has a list of rows {"dtype", "width", "length", parameters...}; the first
-that covers the inputs is taken. Nothing is measured or tuned during a run: ranks that tuned for
-themselves would differ in rounding and in when they reach the first collective.
+the architecture; `python -m bench.autotune` measures and writes such a table. A kernel has a list
+of rows {"dtype", "width", "length", parameters...}; the first that covers the inputs is taken.
+Nothing is measured or tuned during a run: ranks that tuned for themselves would differ in rounding
+and in when they reach the first collective.
 """
 
 import functools
@@ -47,10 +48,14 @@ def table_for(device: torch.device) -> dict[str, Any]:
 def _table_of_gpu(index: int) -> dict[str, Any]:
     major, _ = torch.cuda.get_device_capability(index)
     of_architecture = table("sm_90" if major >= 9 else "sm_80")
-    model = torch.cuda.get_device_name(index).lower().replace(" ", "-")
+    model = model_name(index)
     if not (TABLES / f"{model}.json").exists():
         return of_architecture
     return {**of_architecture, **table(model)}
+
+
+def model_name(index: int) -> str:
+    return torch.cuda.get_device_name(index).lower().replace(" ", "-")
 
 
 @functools.cache

@@ -394,6 +394,7 @@ TRAJECTORY_ATTENTION = register(
             _case("paper-ssv2-b64", 64, 8, 196, 12, 64, size="paper"),
             _case("paper-projected", 8, 8, 196, 12, 64, values="projected", size="paper"),
             _case("paper-16-frames", 8, 16, 196, 12, 64, size="paper"),
+            _case("paper-16-frames-b64", 64, 16, 196, 12, 64, size="paper"),
         ),
     )
 )

@@ -49,6 +49,10 @@ from timefast.kernels.tiles import launch_parameters, power_of_two
 # four with projected values. The absorbed queries of one clip are the smallest part.
 WORKSPACE = 1 << 28
 
+# Whether x [B, S + 1, T, H, D], T times as large as q, is kept for the backward pass, or computed
+# again there: two products more than the five of the first step, for most of what a layer keeps.
+KEEP_X = False
+
 
 @triton.jit
 def _queries(
@@ -557,9 +561,7 @@ def trajectory_attention_op(
     if q.numel() == 0:
         return out, cls_out, x, lse, along
     _, frames, patches, heads, width = q.shape
-    inputs = (q, k, v, cls_q)
-    arguments: tuple[Any, ...] = (*inputs, x, lse, *_strides(*inputs))
-    _launch_frames("fwd", q, (*arguments, frames, patches, heads, scale * LOG2_E))
+    _answers(q, k, v, cls_q, x, lse, scale)
     cls_out.copy_(_class_out(q, (cls_q, cls_k, cls_v), x, lse, scale)[0])
 
     w_k, w_v = w_kv.unflatten(0, (2, heads, width)).unbind(0)  # [H, D, C]
@@ -575,6 +577,15 @@ def trajectory_attention_op(
             bias = 0 if b_kv is None else b_kv[heads * width :].view(heads, width)
             out[clips] = (v2 + bias).view_as(out[clips])
     return out, cls_out, x, lse, along
+
+
+def _answers(
+    q: Tensor, k: Tensor, v: Tensor, cls_q: Tensor, x: Tensor, lse: Tensor, scale: float
+) -> None:
+    """The first step: writes x and lse."""
+    inputs = (q, k, v, cls_q)
+    arguments = (*inputs, x, lse, *_strides(*inputs), *q.shape[1:4], scale * LOG2_E)
+    _launch_frames("fwd", q, arguments)
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, ...]:
@@ -621,19 +632,22 @@ def trajectory_attention_backward_op(
     b_q: Tensor | None,
     w_kv: Tensor,
     b_kv: Tensor | None,
-    x: Tensor,
-    lse: Tensor,
+    x: Tensor | None,
+    lse: Tensor | None,
     along: Tensor,
     projected: bool,
     scale: float,
 ) -> list[Tensor]:
     """-> gradients of q, k, v, cls_q, cls_k, cls_v, w_q, b_q, w_kv, b_kv; those of the biases also
-    where there are none."""
+    where there are none. x and lse are computed again if they were not kept."""
     _, frames, patches, heads, width = q.shape
     dq, dk, dv, *cls_grads = _gradients(q)[:6]
     totals = _weight_gradients(q, torch.float32)
     if q.numel() == 0:
         return [dq, dk, dv, *cls_grads, *_weight_gradients(q, q.dtype)]
+    if x is None or lse is None:
+        _, _, x, lse, _ = _outputs(q)
+        _answers(q, k, v, cls_q, x, lse, scale)
     dx = torch.empty_like(x)
     for clips in _parts(q):
         _along_backward(
@@ -732,8 +746,8 @@ def _(
     b_q: Tensor | None,
     w_kv: Tensor,
     b_kv: Tensor | None,
-    x: Tensor,
-    lse: Tensor,
+    x: Tensor | None,
+    lse: Tensor | None,
     along: Tensor,
     projected: bool,
     scale: float,
@@ -744,7 +758,8 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.projected, ctx.scale = inputs
     ctx.set_materialize_grads(False)  # zeros for x would be as large as x
-    ctx.save_for_backward(*tensors, *output[2:])
+    _, _, x, lse, along = output
+    ctx.save_for_backward(*tensors, *((x, lse) if KEEP_X else (None, None)), along)
 
 
 def _backward(

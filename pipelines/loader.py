@@ -5,40 +5,32 @@ an epoch it happens change no batch. A worker makes whole batches, one job at a 
 """
 
 import logging
-import os
-import signal
+from collections import deque
 from collections.abc import Iterator
-from typing import Any, Literal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from timefast.data.augment import (
-    apply_augmentations,
-    draw_rand_augment,
-    jittered_short_side,
-    parse_rand_augment,
-    random_crop,
-    resize_crop,
-    resized,
-    view_crop,
-)
-from timefast.data.batch import Batch, ClipSpec, Failure, Record, VideoSet
-from timefast.data.rng import generator
-from timefast.data.sampling import distinct_views, train_frames, view_frames
+from timefast.data.augment import parse_rand_augment
+from timefast.data.batch import Batch, ClipSpec, Failure, VideoSet
+from timefast.device import cores_of_this_process
 from timefast.errors import InputError
-from timefast.kernels.farneback import opencv_without_threads
-from timefast.pipelines import cpu_decode
-from timefast.pipelines.cpu_decode import Decoded, VideoError, decode
+from timefast.pipelines import cpu_decode, dali_gpu
 from timefast.pipelines.labels import clip_labels
-from timefast.pipelines.manifest import Known
+from timefast.pipelines.manifest import Additions
+from timefast.pipelines.samples import Job, Samples
+from timefast.pipelines.workers import Workers
 
 logger = logging.getLogger("timefast")
 
 MOST_WORKERS = 16
-SECONDS_AFTER_SIGTERM = 30  # what a worker has to deliver the batches a stopping run still needs
-Job = tuple[int, int, int]  # epoch, first and end position in its order
+MOST_DALI_THREADS = 8
+# cores for each GPU from which on PyAV feeds a video transformer; the GPU's decoder, which has to
+# decode whole groups of frames for the few that are wanted, is for machines with fewer
+ENOUGH_CORES = 8
+BATCHES_AHEAD = 2
+T = TypeVar("T")
 
 
 class ClipLoader:
@@ -50,9 +42,14 @@ class ClipLoader:
     clips (1 or 3), which stand together; the order is that of the records and a bad video is
     absent. Either way it is in `Batch.failures`.
 
-    `batch_size` counts videos. `workers` is a number of processes (0: none; None: from the number
-    of cores). Batches come out on `device`; flow labels are made in the workers, or on the device
-    if that is a GPU. `pipeline` says what decodes; the attribute of that name says what was chosen.
+    `batch_size` counts videos. Of every batch process `rank` of `world_size` gets its share, a
+    stretch of consecutive videos as long as the others' or one shorter, which may be empty; all
+    processes together get the batches that one alone would get. `workers` is a number of decoding
+    processes (0: none; None: from the number of cores). Batches come out on `device`; flow labels
+    are made in the workers, or on the device if that is a GPU. `pipeline` says what decodes; the
+    attribute of that name says what was chosen.
+
+    Training adds what it finds out about files to the manifest of the data folder (process 0 does).
 
     Raises InputError for a ClipSpec that cannot be met, NotImplementedError with the reasons for a
     pipeline that cannot run here.
@@ -71,44 +68,44 @@ class ClipLoader:
         device: str | torch.device = "cpu",
         views: tuple[int, int] = (1, 1),
         max_bad_in_a_row: int = 50,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         _check(spec, batch_size, views, train)
-        self.videos = videos
-        self.batch_size = batch_size
-        self._train = train
-        self.device = torch.device(device)
-        self.pipeline = _choose(pipeline, train)
         if workers is not None and workers < 0:
             raise InputError(f"workers: expected 0 or more, got {workers}")
-        cores = len(os.sched_getaffinity(0))
+        self.videos = videos
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        cores = cores_of_this_process()
         if workers is None:
             # on a CPU the model needs cores as well
             workers = min(cores // 2 if self.device.type == "cpu" else cores - 1, MOST_WORKERS)
         self.workers = min(workers, len(self))
-        self._spec = spec
-        self._labels_on_device = train and self.device.type != "cpu"
-        self._jobs = _Jobs(len(videos.records), batch_size)
-        many: dict[str, Any] = {}
-        if self.workers:
-            many = {"persistent_workers": True, "worker_init_fn": _start_worker}
-        self._loader = DataLoader(
-            _Batches(
-                videos,
-                spec,
-                train,
-                seed,
-                views,
-                labels=train and not self._labels_on_device,
-                tries=max_bad_in_a_row if train else 1,
-            ),
-            batch_size=None,  # a job is a whole batch
-            sampler=self._jobs,
-            num_workers=self.workers,
-            collate_fn=_as_it_is,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # so that iterating draws nothing from torch's own
-            **many,
+        self._train, self._spec = train, spec
+        self._rank, self._world_size = rank, world_size
+        on_dali = _choose(pipeline, self.device, cores, said=train)
+        self._labels_here = train and not on_dali and self.device.type != "cpu"
+        self._samples = Samples(
+            videos,
+            spec,
+            train=train,
+            seed=seed,
+            views=views,
+            tries=max_bad_in_a_row if train else 1,
+            labels=train and not on_dali and self.device.type == "cpu",
+            dali=dali_gpu.back_end(self.device) if on_dali else None,
         )
+        self._dali = None
+        self.pipeline = cpu_decode.NAME
+        if on_dali:
+            threads = min(max(1, cores - self.workers), MOST_DALI_THREADS)
+            self._dali = dali_gpu.Dali(self._samples, self.device, threads, labels=train)
+            self.pipeline = dali_gpu.full_name(self.device)
+        self._manifest = Additions(videos) if train and rank == 0 else None
+        self._pool: Workers | None = None
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -117,178 +114,60 @@ class ClipLoader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from number `start` on.
 
-        Raises InputError if so many videos in a row are bad that none is substituted.
+        Raises InputError if so many videos in a row are bad that none is substituted, RunError if
+        decoding processes end again and again.
         """
-        self._jobs.epoch, self._jobs.start = epoch, start
-        for (_, first, end), batch in zip(self._jobs, self._loader, strict=True):
+        jobs = self._jobs(epoch, start)
+        for (_, first, end), batch in zip(jobs, self._make(jobs), strict=True):
+            if self._manifest is not None:
+                self._manifest.add(batch.found)
             if self._train and len(batch.label) < end - first:
                 raise InputError(_all_bad(batch.failures))
             batch = batch.to(self.device)
-            if self._labels_on_device:
+            if self._labels_here:
                 batch.flow_label = clip_labels(batch.video, self._spec)
             yield batch
 
     def close(self) -> None:
         """End the workers; a later call of `batches` starts new ones."""
-        if self._loader._iterator is not None:
-            self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
-            self._loader._iterator = None
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        if self._manifest is not None:
+            self._manifest.close()
+
+    def _jobs(self, epoch: int, start: int) -> list[Job]:
+        """The share of this process of each batch, as positions in the epoch's order."""
+        jobs, videos = [], len(self.videos.records)
+        for first in range(start * self.batch_size, videos, self.batch_size):
+            size = min(self.batch_size, videos - first)
+            begin, end = (size * r // self._world_size for r in (self._rank, self._rank + 1))
+            jobs.append((epoch, first + begin, first + end))
+        return jobs
+
+    def _make(self, jobs: list[Job]) -> Iterator[Batch]:
+        """The batches of these jobs; for a GPU a thread makes them ready while the last is used."""
+        if self.workers and self._pool is None:
+            self._pool = Workers(self._samples, self.workers)
+        made: Iterator[Any] = map(self._samples.make, jobs)
+        if self._pool is not None:
+            made = self._pool.batches(jobs)
+        if self._dali is not None:
+            for batch in _ahead(map(self._dali.batch, made)):
+                yield batch.used_on(self.device)
+        elif self.device.type == "cuda":
+            yield from _ahead(batch.pin_memory() for batch in made)
+        else:
+            yield from made
 
 
-class _Jobs(Sampler[Job]):
-    """Which videos each batch of the current epoch holds, by their position in its order."""
-
-    def __init__(self, videos: int, batch_size: int):
-        self.videos, self.batch_size = videos, batch_size
-        self.epoch = self.start = 0
-
-    def __iter__(self) -> Iterator[Job]:
-        for first in range(self.start * self.batch_size, self.videos, self.batch_size):
-            yield self.epoch, first, min(first + self.batch_size, self.videos)
-
-
-class _Batches(Dataset[Batch]):
-    """A batch for a job; all it remembers is which videos are bad."""
-
-    def __init__(
-        self,
-        videos: VideoSet,
-        spec: ClipSpec,
-        train: bool,
-        seed: int,
-        views: tuple[int, int],
-        labels: bool,
-        tries: int,
-    ):
-        self.videos, self.spec, self.train, self.seed = videos, spec, train, seed
-        self.views, self.labels = views, labels
-        self.tries = min(tries, len(videos.records))
-        self.known = Known(videos)
-        self.bad: dict[int, Failure] = {}
-        self._order = -1, np.arange(0)  # epoch, its order
-
-    def __getitem__(self, job: Job) -> Batch:
-        epoch, first, end = job
-        clips: list[torch.Tensor] = []
-        samples: list[int] = []
-        failures: list[Failure] = []
-        notices: list[Failure] = []
-        order = self._epoch_order(epoch)
-        for position in range(first, end):
-            for step in range(self.tries):
-                sample = int(order[(position + step) % len(order)])
-                record = self.videos.records[sample]
-                try:
-                    made = self._clips(record, sample, epoch, notices)
-                except VideoError as error:
-                    self.bad[sample] = Failure(
-                        record.id, str(record.path), error.kind, error.reason
-                    )
-                    failures.append(self.bad[sample])
-                    continue
-                clips += made
-                samples += [sample] * len(made)
-                break
-        per_video = 1 if self.train else self.views[0] * self.views[1]
-        shape = (0, 3, self.spec.frames, self.spec.crop, self.spec.crop)
-        video = torch.stack(clips) if clips else torch.empty(shape)
-        return Batch(
-            video=video,
-            label=torch.tensor([self.videos.records[i].label for i in samples], dtype=torch.int64),
-            sample=torch.tensor(samples, dtype=torch.int64),
-            view=torch.arange(per_video).repeat(len(samples) // per_video),
-            flow_label=clip_labels(video, self.spec) if self.labels and clips else None,
-            failures=failures,
-            notices=notices,
-        )
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        count = len(self.videos.records)
-        if not self.train:
-            return np.arange(count)
-        if self._order[0] != epoch:
-            self._order = epoch, generator(self.seed, epoch, 0, "order").permutation(count)
-        return self._order[1]
-
-    def _clips(
-        self, record: Record, sample: int, epoch: int, notices: list[Failure]
-    ) -> list[torch.Tensor]:
-        """The clips of one video, float32 [3, T, S, S] each."""
-        if sample in self.bad:
-            raise VideoError(self.bad[sample].kind, self.bad[sample].reason)
-        self.known.refuse(sample, record.path)
-        try:
-            decoded = decode(
-                record.path,
-                lambda n: self._frames(n, sample, epoch),
-                self.videos.video_root or self.videos.root,
-            )
-        except VideoError as error:
-            if self.known.changed(sample, record.path):
-                reason = f"not the file that was scanned any more; now {error.kind}: {error.reason}"
-                raise VideoError("changed", reason) from error
-            raise
-        notices += self._notices(record, decoded)
-        if self.train:
-            return [self._train_clip(decoded.frames, sample, epoch)]
-        return self._view_clips(decoded.frames)
-
-    def _frames(self, n: int, sample: int, epoch: int) -> list[int]:
-        frames = self.spec.frames
-        if self.train:
-            return train_frames(n, frames, generator(self.seed, epoch, sample, "frames"))
-        views = self.views[0]
-        return [i for view in range(views) for i in view_frames(n, frames, view, views)]
-
-    def _train_clip(self, frames: np.ndarray, sample: int, epoch: int) -> torch.Tensor:
-        spec = self.spec
-        if spec.rand_augment is not None:
-            rng = generator(self.seed, epoch, sample, "augment")
-            red, green, blue = (round(255 * value) for value in spec.mean)
-            drawn = draw_rand_augment(spec.rand_augment, rng)
-            frames = apply_augmentations(frames, drawn, (red, green, blue))
-        rng = generator(self.seed, epoch, sample, "crop")
-        short_side = jittered_short_side(*spec.short_side, rng)
-        size = resized(frames.shape[1], frames.shape[2], short_side)
-        return resize_crop(frames, size, *random_crop(*size, spec.crop, rng), spec)
-
-    def _view_clips(self, frames: np.ndarray) -> list[torch.Tensor]:
-        spec = self.spec
-        size = resized(frames.shape[1], frames.shape[2], spec.test_short_side)
-        return [
-            resize_crop(clip, size, *view_crop(*size, spec.crop, view, self.views[1]), spec)
-            for clip in np.split(frames, self.views[0])
-            for view in range(self.views[1])
-        ]
-
-    def _notices(self, record: Record, decoded: Decoded) -> list[Failure]:
-        notices = []
-        if decoded.short is not None:
-            notices.append(Failure(record.id, str(record.path), "short", decoded.short))
-        if not self.train:
-            differ = distinct_views(decoded.counted, self.spec.frames, self.views[0])
-            if differ < self.views[0]:
-                reason = (
-                    f"{differ} of {self.views[0]} temporal views of its {decoded.counted} frames"
-                )
-                notices.append(
-                    Failure(record.id, str(record.path), "views-collapsed", f"{reason} differ")
-                )
-        return notices
-
-
-def _start_worker(number: int) -> None:
-    # the main process decides what a signal means; workers end when it does. SIGTERM is put off
-    # and not ignored, since it is also how Python ends the workers of a main process that failed
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
-    if get_worker_info().dataset.labels:  # type: ignore[union-attr]
-        opencv_without_threads()
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, made by one thread, up to BATCHES_AHEAD before they are asked for."""
+    with ThreadPoolExecutor(1, "batches") as thread:
+        coming = deque(thread.submit(next, items, None) for _ in range(BATCHES_AHEAD))
+        while (item := coming.popleft().result()) is not None:
+            coming.append(thread.submit(next, items, None))
+            yield item
 
 
 def _check(spec: ClipSpec, batch_size: int, views: tuple[int, int], train: bool) -> None:
@@ -309,19 +188,36 @@ def _check(spec: ClipSpec, batch_size: int, views: tuple[int, int], train: bool)
         parse_rand_augment(spec.rand_augment)
 
 
-def _choose(pipeline: str, train: bool) -> str:
-    """The name of the pipeline that decodes; NotImplementedError with reasons if it cannot."""
+def _choose(pipeline: str, device: torch.device, cores: int, *, said: bool) -> bool:
+    """Whether DALI decodes; NotImplementedError with reasons if it is asked for and cannot."""
     if pipeline not in ("auto", "cpu", "dali"):
         raise ValueError(f"pipeline: expected auto, cpu or dali, got {pipeline!r}")
-    why_not_dali = ["this version has no DALI pipeline"]
+    if pipeline == "cpu":
+        return False
     if pipeline == "dali":
-        raise NotImplementedError(
-            f"pipeline dali cannot run: {'; '.join(why_not_dali)}. Use --pipeline cpu"
+        if reasons := dali_gpu.why_not(device):
+            raise NotImplementedError(
+                f"pipeline dali cannot run: {'; '.join(reasons)}. Or use --pipeline cpu"
+            )
+        if said:
+            logger.info("pipeline: %s", dali_gpu.full_name(device))
+        return True
+    if device.type != "cuda":
+        reasons = ["there is no GPU to decode on"]
+    elif cores >= ENOUGH_CORES:
+        reasons = [
+            f"{cores} cores for this GPU are enough; `python -m timefast.info --pipeline DIR` "
+            "compares the two on your videos"
+        ]
+    else:
+        reasons = dali_gpu.why_not(device)
+    if said and reasons:
+        logger.info("pipeline: %s; not dali: %s", cpu_decode.NAME, "; ".join(reasons))
+    elif said:
+        logger.info(
+            "pipeline: %s, for there are %d cores for this GPU", dali_gpu.full_name(device), cores
         )
-    chosen = cpu_decode.NAME
-    if pipeline == "auto" and train:
-        logger.info("pipeline: %s; not dali: %s", chosen, "; ".join(why_not_dali))
-    return chosen
+    return not reasons
 
 
 def _all_bad(failures: list[Failure]) -> str:

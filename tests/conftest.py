@@ -24,3 +24,17 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A run folder of one training step on twelve videos; not to be written to."""
+    from timefast.demo_data import write_demo_data
+    from timefast.train import main
+
+    root = tmp_path_factory.mktemp("tiny")
+    data = write_demo_data(root / "data", train_per_class=1, val_per_class=1)
+    flags = ["--data", str(data), "--out", str(root / "run"), "--device", "cpu", "--workers", "0"]
+    small = ["--depth", "2", "--dim", "32", "--heads", "2", "--shuffles", "1"]
+    assert main([*flags, *small, "--recipe", "demo", "--max-steps", "1"]) == 0
+    return root / "run"

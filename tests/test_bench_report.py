@@ -14,7 +14,7 @@ PAGE = "# Title\n\n<!-- table:{} -->\nold\n<!-- /table -->\n\nrest\n"
 def demo_result(value: float, commit: str = "abc1234") -> dict:
     keys = (
         "temporal_original", "temporal_shuffled", "temporal_gap", "aligned", "conflict",
-        "static_original", "static_shuffled", "all", "confidence", "shuffled_confidence",
+        "static_original", "static_shuffled", "all_original", "confidence", "shuffled_confidence",
     )  # fmt: skip
     rows = [
         {"losses": losses, "seed": seed, "seconds": 100.0 + seed}
@@ -56,6 +56,20 @@ def test_demo_table_has_mean_and_sample_deviation_over_seeds(root):
     assert "**TIME** (all three)" in text
     assert "+ order" not in text  # no such run in the file
     assert "[demo-losses_cpu_2026-11-20_abc1234.json](bench/results/demo-losses_cpu" in text
+
+
+def test_the_share_of_the_floor_is_that_of_what_binds_on_a_known_gpu(root):
+    """1e9 bytes at 4.3e12 per second are 0.233 ms, 1e12 operations at 790e12 are 1.27 ms."""
+    measured = [
+        op_record("triton", 2e-3, device="NVIDIA H200"),
+        op_record("sdpa", 2e-3, device="NVIDIA H200", flops=None),
+        op_record("cpu", 2e-3, device="NVIDIA H200", dtype="float32"),
+    ]
+    put(root, "ops_nvidia-h200_2026-11-20_abc1234.json", measured)
+    text = report.records(root, "", "ops")
+    assert "| Of the floor |" in text
+    assert [f"| {share} |" in text for share in ("63%", "12%")] == [True, True]
+    assert text.count("%") == 2
 
 
 def test_newest_file_of_a_device_counts(root):

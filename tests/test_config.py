@@ -140,7 +140,7 @@ def test_published_recipe_has_the_published_numbers():
     smoothing = method.smoothing_class, method.smoothing_order, method.smoothing_flow
     assert smoothing == (0.2, 0.2, 0.2)
     assert (model.frames, model.image_size, model.patch_size, model.drop_path) == (8, 224, 16, 0.1)
-    assert (model.weights, model.init) == ("imagenet", "published")
+    assert (model.weights, model.init) == ("imagenet", "auto")  # then published
     assert (data.short_side, data.test_short_side) == ((256, 320), 224)
     assert data.rand_augment == "rand-m20-mstd0.5-inc1"
     assert config.run.views == (1, 3)

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from timefast.data.batch import Batch, Failure, Record, VideoSet
-from timefast.demo_data import write_demo_data
 from timefast.eval.__main__ import main
 from timefast.eval.accuracy import Predictions, predict, protocol, summarise
-from timefast.train import main as train
 
 
 class FirstFrame(torch.nn.Module):
@@ -56,6 +54,36 @@ def test_frame_orders_do_not_depend_on_batches():
     assert torch.equal(whole.shuffled, parts.shuffled)
     other = predict(FirstFrame(), [batch(rows)], views=1, draws=2, seed=1)
     assert not torch.equal(whole.shuffled, other.shuffled)
+
+
+def test_frames_backwards_and_alone_share_the_path_of_shuffled_ones(tmp_path):
+    rows = [[0, 1, 2, 3], [1, 2, 3, 0], [2, 2, 2, 2]]
+    predictions = predict(FirstFrame(), [batch(rows)], views=1, reverse=True, still=True)
+    assert predictions.reversed.argmax(1).tolist() == [3, 0, 2]  # the last frame comes first
+    assert predictions.still.argmax(1).tolist() == [1, 2, 2]  # the middle frame is all there is
+    result = summarise(predictions, video_set(tmp_path, [0, 1, 2]))
+    assert result["reversed_top1"] == pytest.approx(100 / 3)
+    assert result["still_top1"] == pytest.approx(100 / 3)
+    plain = predict(FirstFrame(), [batch(rows)], views=1)
+    assert plain.reversed is None and plain.still is None
+
+
+def test_shuffled_top5_counts_as_top5_does(tmp_path):
+    probabilities = torch.tensor([[0.3, 0.25, 0.2, 0.15, 0.06, 0.04]])
+    predictions = Predictions(
+        sample=torch.arange(1),
+        label=torch.tensor([4]),
+        original=probabilities,
+        shuffled=torch.stack([probabilities, probabilities.flip(1)]),
+    )
+    records = (Record("0", tmp_path / "0", 4, "e"),)
+    videos = VideoSet("synthetic", "validation", tmp_path, records, tuple("abcdef"))
+    result = summarise(predictions, videos)
+    assert (result["top1"], result["top5"]) == (0.0, 100.0)
+    assert (result["shuffled_top1"], result["shuffled_top5"]) == (0.0, 100.0)
+    predictions.label[0] = 5  # last in the first order, first in the second
+    result = summarise(predictions, videos)
+    assert (result["shuffled_top1"], result["shuffled_top5"]) == (50.0, 50.0)
 
 
 def test_views_of_a_video_are_averaged_as_named():
@@ -108,26 +136,24 @@ def test_only_the_published_test_protocol_is_called_paper():
     assert protocol(8, (1, 3), 224, 224, "softmax").startswith("clip")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("eval")
-    data = write_demo_data(root / "data", train_per_class=1, val_per_class=1)
-    flags = ["--data", str(data), "--out", str(root / "run"), "--device", "cpu", "--workers", "0"]
-    small = ["--depth", "1", "--dim", "32", "--heads", "2", "--shuffles", "1"]
-    assert train([*flags, *small, "--recipe", "demo", "--max-steps", "1"]) == 0
-    return root / "run"
+@pytest.fixture
+def run(tiny_run):
+    return tiny_run
 
 
 def test_the_command_states_protocol_and_counts(run, tmp_path, capsys):
     out = tmp_path / "result.json"
-    code = main([str(run), "--shuffled", "--views", "2x3", "--json", str(out), "--workers", "0"])
-    assert code == 0
+    flags = ["--shuffled", "--reversed", "--single-frame", "--views", "2x3", "--workers", "0"]
+    assert main([str(run), "--json", str(out), *flags]) == 0
     text = capsys.readouterr().out
     assert "2 temporal views x 3 crops of 64 px" in text and "logits averaged" in text
     assert "12/12" in text
     result = json.loads(out.read_text())
     assert set(result["results"]) == {"all", "temporal", "static"}
-    assert result["results"]["all"]["shuffled_top1"] is not None
+    for key in ("shuffled_top1", "shuffled_top5", "reversed_top1", "still_top1"):
+        assert result["results"]["all"][key] is not None
+    assert len(result["weights_sha256"]) == len(result["videos"]["sha256"]) == 64
+    assert result["family"] == "timefast" and result["versions"]["torch"]
 
 
 def test_the_number_does_not_depend_on_batch_size_or_workers(run, tmp_path):
@@ -153,11 +179,29 @@ def test_a_subset_may_be_named_or_listed_in_a_file(run, tmp_path, capsys):
     assert main([str(run), "--subset", "nope"]) == 2
 
 
+def test_another_clip_is_made_when_asked_and_tables_follow(run, capsys):
+    flags = ["--frames", "4", "--image-size", "32", "32", "--workers", "0"]
+    assert main([str(run), *flags]) == 0
+    assert "clip: 4 frames x 1 temporal views x 1 crops of 32 px" in capsys.readouterr().out
+    assert main([str(run), "--set", "dim=64"]) == 2
+    assert "holds a timesformer with dim=32, not 64" in capsys.readouterr().err
+    assert main([str(run), "--set", "dim"]) == 2 and main([str(run), "--set", "dimm=3"]) == 2
+
+
 def test_a_checkpoint_knows_its_run_from_whatever_folder_one_stands_in(run, monkeypatch, capsys):
     monkeypatch.chdir(run / "checkpoints")
     assert main(["step-1", "--workers", "0"]) == 0
     assert main(["step-1/model.safetensors", "--workers", "0"]) == 0
     assert capsys.readouterr().out.count("12/12") == 2
+
+
+def test_another_number_of_classes_is_refused_with_both_numbers(run, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / "validation" / name).mkdir(parents=True)
+        (tmp_path / "validation" / name / "clip.webm").touch()
+    assert main([str(run), "--data", str(tmp_path), "--workers", "0"]) == 2
+    message = capsys.readouterr().err
+    assert "has 2 classes, the model of" in message and "has 12; evaluate on the data" in message
 
 
 def test_classes_in_another_order_are_refused(run, tmp_path, capsys):

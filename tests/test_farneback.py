@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from timefast.kernels.farneback import (
     pyramid,
     smooth_texture,
 )
+from timefast.kernels.flow_labels import flow_labels
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("farneback_*.safetensors"))
 STATIC = ("identical", "object_-4_2")  # exactly static regions: floor() decides what is inside
@@ -48,6 +50,18 @@ def shifted(height, width, dx, dy):
     return prev, big[y - dy : y - dy + height, x - dx : x - dx + width]
 
 
+def turned(height, width, degrees):
+    """A texture, and the same turned about its middle (from right to down)."""
+    prev = texture(height, width)
+    angle = torch.tensor(degrees).deg2rad()
+    rotation = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()]).view(2, 2)
+    half = torch.tensor([width / 2, height / 2])  # positions run from -1 to 1 on either axis
+    places = torch.cat([rotation * half / half[:, None], torch.zeros(2, 1)], dim=1)
+    grid = F.affine_grid(places[None], [1, 1, height, width], align_corners=False)
+    after = F.grid_sample(prev[None, None], grid, padding_mode="reflection", align_corners=False)
+    return prev, after[0, 0]
+
+
 @pytest.mark.parametrize(
     ("impl", "device"),
     [
@@ -75,15 +89,22 @@ def test_flow_equals_the_stored_flow_of_opencv(path, impl, device):
     winsize=st.integers(5, 22),
     iterations=st.integers(1, 3),
     window=st.sampled_from([(5, 1.2), (7, 1.5), (5, 1.1), (3, 0.0)]),
+    motion=st.sampled_from(["roll", (3, -1), (-2, 2), -5.0, 12.0]),  # pixels, degrees
     gain=st.sampled_from([0.02, 1.0, 4.0]),
     seed=st.integers(0, 9),
 )
 def test_reference_equals_the_installed_opencv(
-    height, width, pyr_scale, levels, winsize, iterations, window, gain, seed
+    height, width, pyr_scale, levels, winsize, iterations, window, motion, gain, seed
 ):
     pytest.importorskip("cv2")
-    prev = texture(height, width, seed) * gain
-    next = prev.roll((1, -2), dims=(0, 1)) + gain * 3 * torch.randn(height, width)
+    if motion == "roll":
+        prev = texture(height, width, seed)
+        next = prev.roll((1, -2), dims=(0, 1)) + 3 * torch.randn(height, width)
+    elif isinstance(motion, tuple):
+        prev, next = shifted(height, width, *motion)
+    else:
+        prev, next = turned(height, width, motion)
+    prev, next = prev * gain, next * gain
     parameters = {
         "pyr_scale": pyr_scale,
         "levels": levels,
@@ -115,6 +136,22 @@ def test_every_parameter_means_what_it_means_in_opencv(height, width, parameters
     if parameters:
         default = farneback(prev, next, impl="reference")
         assert (flow - default).abs().max() > 1e-3  # the parameter had an effect
+
+
+@pytest.mark.slow
+def test_a_full_hd_pair_has_the_flow_of_opencv():
+    pytest.importorskip("cv2")
+    prev, next = shifted(1080, 1920, 5, -3)
+    expected = farneback(prev, next, impl="cv2")
+    assert_like_opencv(farneback(prev, next, impl="reference"), expected)
+
+
+def test_a_turned_texture_has_the_flow_of_a_rotation():
+    flow = farneback(*turned(96, 128, 3.0), impl="cpu")
+    y, x = torch.meshgrid(torch.arange(96) - 47.5, torch.arange(128) - 63.5, indexing="ij")
+    expected = torch.stack([-y, x]) * torch.tensor(3.0).deg2rad()
+    middle = (slice(None), slice(24, -24), slice(24, -24))
+    assert (flow - expected)[middle].abs().mean() < 0.1 < expected[middle].abs().mean()
 
 
 def test_scales_stop_before_a_side_falls_under_32_pixels():
@@ -226,9 +263,17 @@ def test_wrong_images_are_named():
 def test_opencv_is_refused_where_its_border_weights_are_not_the_definition():
     small = texture(8, 40)
     with pytest.raises(NotImplementedError, match="8 x 40"):
-        farneback(small, small, impl="cpu")
-    expected = farneback(small, small, impl="reference")
-    assert torch.equal(farneback(small, small), expected)  # auto goes on to the reference
+        farneback(small, small, poly_n=3, impl="cpu")
+    expected = farneback(small, small, poly_n=3, impl="reference")
+    assert torch.equal(farneback(small, small, poly_n=3), expected)  # auto goes on to the reference
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "cpu", "cv2", "triton"])
+def test_images_smaller_than_the_window_of_the_expansion_are_named(impl):
+    small = torch.zeros(2, 10, 40)
+    with pytest.raises(ValueError, match="10 x 40 are too small to expand: .* 11 x 11"):
+        farneback(small, small, impl=impl)
+    assert farneback(small, small, poly_n=4, impl="reference").shape == (2, 2, 10, 40)
 
 
 class Pairs(Dataset):
@@ -282,8 +327,10 @@ def test_the_cuda_class_of_opencv_is_refused_where_opencv_has_none():
     if hasattr(cv2.cuda, "FarnebackOpticalFlow_create"):
         pytest.skip("this OpenCV has it")
     image = texture(32, 32)
-    with pytest.raises(NotImplementedError, match=r"no cuda.FarnebackOpticalFlow"):
+    with pytest.raises(NotImplementedError, match=r"no cuda.FarnebackOpticalFlow.*\n.*no CUDA dev"):
         farneback(image, image, impl="cv2_cuda")
+    with pytest.raises(NotImplementedError, match=r"no cuda.FarnebackOpticalFlow"):
+        flow_labels(torch.zeros(1, 3, 2, 32, 32), impl="cv2_cuda")
 
 
 class StandInSolver:
@@ -324,5 +371,9 @@ def test_the_cuda_class_of_opencv_is_handed_each_pair(monkeypatch):
     flow = farneback(prev, next, impl="cv2_cuda")
     assert arguments == [(3, 0.5, False, 15, 3, 5, 1.2, 0)]
     assert torch.equal(flow, farneback(prev, next, impl="cv2"))
+    video = torch.stack([prev, next], dim=2).expand(2, 3, 2, 32, 40) / 128
+    labels = flow_labels(video, patch_size=8, rule="tau", tau=0.5, impl="cv2_cuda")
+    assert torch.equal(labels, flow_labels(video, patch_size=8, rule="tau", tau=0.5, impl="cv2"))
+    assert labels.any()
     with pytest.raises(NotImplementedError, match="poly_n=3"):
         farneback(prev, next, poly_n=3, impl="cv2_cuda")

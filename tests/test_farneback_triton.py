@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_farneback import GOLDEN, STATIC, assert_like_opencv, golden_pairs, shifted, turned
+from test_flow_labels import marginal_patches
+from torch._subclasses import FakeTensorMode
 
 from timefast.kernels import farneback as farneback_module
 from timefast.kernels.farneback import PUBLISHED, farneback, smooth_texture
-from timefast.kernels.flow_labels import flow_labels, label_vectors
+from timefast.kernels.flow_labels import _labels, flow_labels, label_vectors
 
 farneback_triton = pytest.importorskip(
     "timefast.kernels.farneback_triton", reason="Triton is not installed", exc_type=ImportError
@@ -97,11 +100,138 @@ def test_a_batch_gives_its_clips_labels_whole_and_in_parts(quick_labels, monkeyp
     assert torch.equal(flow_labels(video, **options, impl="triton"), expected)
 
 
-def test_no_clips_and_no_pairs_launch_nothing():
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter divides by zero aloud
+def test_constant_and_nan_frames_have_label_zero(quick_labels):
+    video = torch.full((1, 3, 3, 16, 16), 1 / 3, device=DEVICE)
+    video[:, :, 1] += 0.2
+    video[:, :, 2] = small_video(1, 1, 16, 16)[:, :, 0]
+    video[0, 1, 2, 3, 4] = float("nan")
+    assert not flow_labels(video, patch_size=8, impl="triton").any()
+
+
+class Recorder:
+    """In place of a kernel: notes its launches."""
+
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.name, grid[0], kwargs))
+
+
+@pytest.mark.parametrize("clips", [1, 64])
+def test_labels_take_31_launches_one_expansion_a_frame_and_nothing_from_the_device(
+    clips, monkeypatch
+):
+    """Tensors without data: reading one, as a wait for the device would, raises."""
+    launches = []
+    for name in [n for n in vars(farneback_triton) if n.endswith("_kernel")]:
+        monkeypatch.setattr(farneback_triton, name, Recorder(name, launches))
+    with FakeTensorMode():
+        video = torch.empty(clips, 3, 8, 224, 224)
+        vectors = video.new_empty((clips, 7, 2, 196))
+        channels = (38.0, 75.0, 15.0, 0.0)
+        farneback_triton._in_parts(video, vectors, channels=channels, patch_size=16, **PUBLISHED)
+        farneback_triton.labelled(vectors.flatten(0, 1), None)
+    assert len(launches) == 31
+    assert launches[-2][0] == "_patch_means_kernel"  # no flow at full resolution
+    tiles = [
+        farneback_triton._tiles(side, side, farneback_triton.TILE_ROWS) for side in (56, 112, 224)
+    ]
+    expanded = [grid for name, grid, _ in launches if name == "_expand_columns_kernel"]
+    assert expanded == [clips * 8 * n for n in tiles]
+    assert sum(name == "_solve_kernel" for name, *_ in launches) == 3 * 3 - 1
+
+
+def golden(names):
+    """Stored pairs, name and tensors; all of them if `names` is None."""
+    return [
+        pytest.param(name, tensors, id=f"{path.stem}-{name}")
+        for path in GOLDEN
+        for name, tensors in golden_pairs(path)
+        if names is None or name in names
+    ]
+
+
+def one_tile(monkeypatch, height, width):
+    """The interpreter's time is a matter of the number of programs."""
+    if not torch.cuda.is_available():
+        sizes = {"ROWS": height, "TILE_ROWS": height, "COLS": width}
+        for name, size in sizes.items():
+            monkeypatch.setattr(farneback_triton, name, 1 << (size - 1).bit_length())
+
+
+def check_golden(name, stored, flow):
+    assert_like_opencv(flow, stored["flow"].permute(2, 0, 1), name in STATIC)
+    if name in ("constant", "brightness_step"):
+        assert not flow.any()
+    for rule, tau in (("minmax", None), ("tau0.5", 0.5), ("tau1.0", 1.0)):
+        if "patch_flow" not in stored or (name == "identical" and rule == "minmax"):
+            continue
+        labels = _labels(flow[None], 16, tau)[0]
+        expected = stored[f"labels_{rule}"].long().flatten()
+        decided = ~marginal_patches(stored["patch_flow"].permute(2, 0, 1).flatten(1), tau)
+        assert torch.equal(labels[decided], expected[decided]), rule
+        if name != "diag45_exact":  # the oracle's arctangent errs on exact diagonals
+            assert torch.equal(labels, expected), rule
+
+
+@pytest.mark.parametrize("name, stored", golden(["translate_-1.2_2.6"]))
+def test_a_stored_pair_has_the_flow_and_labels_of_opencv(name, stored, monkeypatch):
+    one_tile(monkeypatch, 64, 64)
+    flow = farneback(stored["prev"].to(DEVICE), stored["next"].to(DEVICE), impl="triton")
+    check_golden(name, stored, flow.cpu())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, stored", golden(None))
+def test_every_stored_pair_has_the_flow_and_labels_of_opencv(name, stored, monkeypatch):
+    one_tile(monkeypatch, *stored["prev"].shape)
+    flow = farneback(stored["prev"].to(DEVICE), stored["next"].to(DEVICE), impl="triton")
+    check_golden(name, stored, flow.cpu())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, stored", golden(["object_5_0_noise3", "rotate_-5deg"]))
+def test_labels_without_flow_are_those_of_opencv(name, stored, monkeypatch):
+    one_tile(monkeypatch, *stored["prev"].shape)
+    pair = torch.stack([stored["prev"], stored["next"]]).to(DEVICE)
+    video = pair.expand(1, 3, -1, -1, -1) / 128
+    for rule in ("minmax", "tau0.5"):
+        options = {"rule": "tau", "tau": 0.5} if rule == "tau0.5" else {}
+        labels = flow_labels(video, **options, impl="triton")[0, 0].cpu()
+        assert torch.equal(labels, stored[f"labels_{rule}"].long().flatten())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("motion", "size", "parameters"),
+    [
+        ("turn", (16, 16), {}),
+        ("turn", (47, 33), {"winsize": 9, "levels": 1, "poly_n": 7, "poly_sigma": 1.5}),
+        ("shift", (67, 96), {"pyr_scale": 0.6, "levels": 5, "winsize": 21, "iterations": 2}),
+        ("shift", (65, 131), {"levels": 0, "winsize": 8}),
+        ("noise", (80, 48), {"pyr_scale": 0.8, "poly_n": 3, "poly_sigma": 0.0}),
+        ("shift", (1080, 1920), {"iterations": 1}),
+    ],
+)
+def test_flow_equals_the_installed_opencv(motion, size, parameters, monkeypatch):
+    pytest.importorskip("cv2")
+    one_tile(monkeypatch, min(size[0], 64), size[1])
+    prev, next = shifted(*size, 2, -1) if motion == "shift" else turned(*size, degrees=4)
+    if motion == "noise":
+        next = next + 3 * torch.randn(next.shape, generator=torch.Generator().manual_seed(7))
+    expected = farneback(prev, next, **parameters, impl="cv2")
+    flow = farneback(prev.to(DEVICE), next.to(DEVICE), **parameters, impl="triton").cpu()
+    assert_like_opencv(flow, expected)
+    assert expected.abs().max() > 0.3
+
+
+def test_no_clips_and_no_pairs_give_empty_results():
     empty = torch.zeros(0, 32, 32, device=DEVICE)
     assert farneback(empty, empty, impl="triton").shape == (0, 2, 32, 32)
-    one = torch.zeros(2, 3, 1, 32, 32, device=DEVICE)
-    assert flow_labels(one, impl="triton").shape == (2, 0, 4)
+    none = torch.zeros(0, 3, 2, 32, 32, device=DEVICE)
+    assert flow_labels(none, impl="triton").shape == (0, 1, 4)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter divides by zero aloud
@@ -130,8 +260,6 @@ def test_a_compiled_function_keeps_the_ops_whole(quick_labels):
 
 
 def test_fake_tensors_have_the_shapes_of_the_real_ones():
-    from torch._subclasses import FakeTensorMode
-
     with FakeTensorMode():
         image = torch.empty(2, 3, 32, 40, device=DEVICE)
         assert farneback(image, image, impl="triton").shape == (2, 3, 2, 32, 40)
@@ -140,7 +268,7 @@ def test_fake_tensors_have_the_shapes_of_the_real_ones():
 
 
 def test_triton_is_refused_with_reasons(monkeypatch):
-    small = torch.zeros(8, 40)
+    small = torch.zeros(12, 40)
     with pytest.raises(NotImplementedError, match="16 x 16 and larger"):
         farneback(small, small, impl="triton")
     if not torch.cuda.is_available():
@@ -188,6 +316,19 @@ def test_labels_run_on_a_side_stream_and_in_a_graph():
     still.copy_(video)
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+def test_flow_and_labels_never_wait_for_the_device():
+    video = small_video(2, 3, 64, 64)
+    flow_labels(video, impl="triton")  # compiles
+    farneback(video[:, 0, :-1], video[:, 0, 1:], impl="triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flow_labels(video, impl="triton")
+        farneback(video[:, 0, :-1], video[:, 0, 1:], impl="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

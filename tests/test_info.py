@@ -117,3 +117,30 @@ def test_json_is_one_object():
     report = json.loads(done.stdout)
     assert report["timefast"] == info.__version__
     assert {"ops", "packages", "missing", "gpus", "driver", "libnvcuvid"} <= set(report)
+
+
+def test_pipelines_are_compared_on_the_users_videos(tmp_path, capsys, monkeypatch):
+    from timefast import feeding
+    from timefast.data.batch import ClipSpec
+    from timefast.demo_data import write_demo_data
+
+    root = write_demo_data(tmp_path / "set", train_per_class=1, val_per_class=1, workers=1)
+    spec = ClipSpec(
+        crop=64, short_side=(64, 76), test_short_side=64, rand_augment=None, flow_rule=None
+    )
+    found = feeding.feeding(root, spec=spec, seconds=0.1, model=lambda *_: 2.0)
+    assert found["pipelines"]["cpu"]["clips_per_s"] > 2 and not found["pipelines"]["cpu"]["bad"]
+    dali = found["pipelines"]["dali"]
+    assert "pip install" in dali.get("problem", "") or dali["clips_per_s"] > 0
+    assert "take --pipeline cpu: it makes clips faster" in feeding.as_text(found)
+    found |= {"model": 1e9, "pipelines": {"cpu": {"problem": "no"}, "dali": {
+        "name": "dali", "workers": 2, "clips_per_s": 5e8, "bad": 1,
+    }}}  # fmt: skip
+    text = feeding.as_text(found)
+    assert "take --pipeline dali, the faster one; the model will wait for it 50%" in text
+    assert "1 videos could not be used" in text
+    assert info.main(["--pipeline", str(tmp_path / "nowhere")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    monkeypatch.setattr(feeding, "feeding", lambda root: found)
+    assert info.main(["--pipeline", str(root)]) == 0
+    assert "who feeds the model" in capsys.readouterr().out

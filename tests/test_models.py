@@ -177,7 +177,7 @@ def test_attention_reads_the_fused_projection_in_place(monkeypatch):
     spy("time_attention")
     spy("space_attention")
     model = small()
-    model(clip())
+    model.features(clip())
     assert [name for name, *_ in seen] == ["time_attention", "space_attention"] * 2
     for _, *qkv in seen:
         assert len({x.untyped_storage().data_ptr() for x in qkv}) == 1

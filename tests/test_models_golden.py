@@ -148,7 +148,8 @@ def test_full_width_losses_and_gradients(name):
     video = rule_video(config)
     losses = {}
     blocks = block_outputs(model, lambda: losses.update(losses_of(model, video, golden, 0.2)))
-    check_full_blocks(blocks[: config["depth"]], golden)  # those of the first, unshuffled pass
+    blocks = [block[: len(video)] for block in blocks[: config["depth"]]]  # without shuffled clips
+    check_full_blocks(blocks, golden)
     check_losses(losses, golden, "s02")
     losses["total"].backward()
     grads = {key: p.grad for key, p in model.named_parameters()}

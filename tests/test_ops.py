@@ -21,20 +21,28 @@ DIFFERENTIABLE = (
 )  # fmt: skip
 TINY = [(op.name, case) for op in OPS.values() for case in op.cases if case.size == "tiny"]
 ATTENTION = [(name, case) for name, case in TINY if name in DIFFERENTIABLE]
+MID = [(name, case) for name in DIFFERENTIABLE for case in OPS[name].cases if case.size == "mid"]
 
 
 def named(pairs):
     return [pytest.param(*pair, id=f"{pair[0]}-{pair[1].name}") for pair in pairs]
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
 def implementations_for(name, args, kwargs):
+    """On a GPU its kernels; the portable implementations are swept on the CPU."""
     for key, impl in OPS[name].impls.items():
-        if not impl.unavailable() and not impl.why_not(*args, **kwargs):
+        runs = not impl.unavailable() and not impl.why_not(*args, **kwargs)
+        if runs and (key == "triton" or not args[0].is_cuda):
             yield key
 
 
-def build(case, dtype=torch.float32):
-    return case.build(dtype, "cpu", torch.Generator().manual_seed(0))
+def build(case, dtype=torch.float32, device="cpu"):
+    return case.build(dtype, device, torch.Generator().manual_seed(0))
 
 
 def run(function, args, kwargs, dtype=None, grads=()):
@@ -62,7 +70,8 @@ def upstream(name, args, kwargs):
     out = getattr(ops, name)(*args, **kwargs, impl="reference")
     out = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in out]
+    draws = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in out]
+    return [x.to(args[0].device) for x in draws]
 
 
 def relative_error(result, truth):
@@ -81,7 +90,7 @@ def with_defaults(name, kwargs, args):
 @pytest.fixture
 def poisoned():
     """Fresh memory is full of NaN, so that an element nobody writes shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -90,8 +99,20 @@ def poisoned():
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name, case", named(ATTENTION))
-def test_attention_keeps_to_the_float64_reference(name, case, dtype):
-    args, kwargs = build(case, dtype)
+def test_attention_keeps_to_the_float64_reference(name, case, dtype, device):
+    keeps_to_the_float64_reference(name, case, dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name, case", named(MID))
+def test_on_a_gpu_attention_of_several_tiles_keeps_to_the_float64_reference(name, case, dtype):
+    keeps_to_the_float64_reference(name, case, dtype, "cuda")
+
+
+def keeps_to_the_float64_reference(name, case, dtype, device):
+    args, kwargs = build(case, dtype, device)
     grads = [g.to(dtype).double() for g in upstream(name, args, kwargs)]
     public = getattr(ops, name)
     truth = run(public, args, {**kwargs, "impl": "reference"}, torch.float64, grads)
@@ -101,15 +122,15 @@ def test_attention_keeps_to_the_float64_reference(name, case, dtype):
     for impl in implementations_for(name, args, kwargs):
         result = run(public, args, {**kwargs, "impl": impl}, None, grads)
         # the interpreter cuts float32 down to bfloat16 where a GPU rounds: up to twice the error
-        cut = impl == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available()
+        cut = (impl, dtype, device) == ("triton", torch.bfloat16, "cpu")
         for i, (got, rough, true) in enumerate(zip(result, plain, truth, strict=True)):
             limit = (4 if cut else 2) * relative_error(rough, true) + SMALL[dtype]
             assert relative_error(got, true) <= limit, (impl, f"output or gradient {i}")
 
 
 @pytest.mark.parametrize("name, case", named(TINY))
-def test_inputs_are_left_alone_and_repetition_gives_the_same_bits(name, case):
-    args, kwargs = build(case)
+def test_inputs_are_left_alone_and_repetition_gives_the_same_bits(name, case, device):
+    args, kwargs = build(case, device=device)
     before = [x.clone() for x in args]
     for impl in implementations_for(name, args, kwargs):
         first = run(getattr(ops, name), args, {**kwargs, "impl": impl})
@@ -119,8 +140,8 @@ def test_inputs_are_left_alone_and_repetition_gives_the_same_bits(name, case):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_any_strides_give_the_same_result(name):
-    args, kwargs = build(OPS[name].cases[0])
+def test_any_strides_give_the_same_result(name, device):
+    args, kwargs = build(OPS[name].cases[0], device=device)
 
     def padded(x):  # every stride odd, nothing aligned
         return torch.nn.functional.pad(x, [v for _ in x.shape for v in (1, 2)])[
@@ -136,7 +157,9 @@ def test_any_strides_give_the_same_result(name):
 
     for change in (padded, backwards_in_memory, expanded):
         views = [change(x) for x in args]
-        grads = [torch.ones((), dtype=torch.float64)] * len(upstream(name, args, kwargs))
+        grads = [torch.ones((), dtype=torch.float64, device=device)] * len(
+            upstream(name, args, kwargs)
+        )
         plain = [x.contiguous() for x in views]
         truth = run(getattr(ops, name), plain, {**kwargs, "impl": "reference"}, None, grads)
         for impl in implementations_for(name, args, kwargs):
@@ -146,8 +169,8 @@ def test_any_strides_give_the_same_result(name):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_gradients_are_right_when_only_some_inputs_want_one(name):
-    args, kwargs = build(OPS[name].cases[0])
+def test_gradients_are_right_when_only_some_inputs_want_one(name, device):
+    args, kwargs = build(OPS[name].cases[0], device=device)
     grads = upstream(name, args, kwargs)
     for impl in implementations_for(name, args, kwargs):
         all_of_them = run(getattr(ops, name), args, {**kwargs, "impl": impl}, None, grads)
@@ -161,8 +184,8 @@ def test_gradients_are_right_when_only_some_inputs_want_one(name):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_one_unused_output_gives_finite_gradients(name):
-    args, kwargs = build(OPS[name].cases[0])
+def test_one_unused_output_gives_finite_gradients(name, device):
+    args, kwargs = build(OPS[name].cases[0], device=device)
     for impl in implementations_for(name, args, kwargs):
         leaves = [x.detach().requires_grad_() for x in args]
         out = getattr(ops, name)(*leaves, **kwargs, impl=impl)
@@ -172,8 +195,8 @@ def test_one_unused_output_gives_finite_gradients(name):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_second_derivatives_are_refused(name):
-    args, kwargs = build(OPS[name].cases[0])
+def test_second_derivatives_are_refused(name, device):
+    args, kwargs = build(OPS[name].cases[0], device=device)
     for impl in implementations_for(name, args, kwargs):
         leaves = [x.detach().requires_grad_() for x in args]
         out = getattr(ops, name)(*leaves, **kwargs, impl=impl)
@@ -184,8 +207,8 @@ def test_second_derivatives_are_refused(name):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_compiled_without_graph_breaks_gives_the_same(name):
-    args, kwargs = build(OPS[name].cases[0])
+def test_compiled_without_graph_breaks_gives_the_same(name, device):
+    args, kwargs = build(OPS[name].cases[0], device=device)
     grads = upstream(name, args, kwargs)
     for impl in ("auto", *implementations_for(name, args, kwargs)):
         torch._dynamo.reset()
@@ -197,11 +220,11 @@ def test_compiled_without_graph_breaks_gives_the_same(name):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_autocast_rounds_inputs_to_its_dtype(name):
-    args, kwargs = build(OPS[name].cases[0])
+def test_autocast_rounds_inputs_to_its_dtype(name, device):
+    args, kwargs = build(OPS[name].cases[0], device=device)
     low = [x.bfloat16() for x in args]
     for impl in implementations_for(name, args, kwargs):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             result = getattr(ops, name)(*args, **kwargs, impl=impl)
             leaves = [x.detach().requires_grad_() for x in args]
             out = getattr(ops, name)(*leaves, **kwargs, impl=impl)
@@ -218,15 +241,15 @@ def test_autocast_rounds_inputs_to_its_dtype(name):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_a_backward_pass_under_autocast_is_as_exact_as_outside(name):
-    args, kwargs = build(OPS[name].cases[0])
+def test_a_backward_pass_under_autocast_is_as_exact_as_outside(name, device):
+    args, kwargs = build(OPS[name].cases[0], device=device)
     grads = upstream(name, args, kwargs)
     for impl in implementations_for(name, args, kwargs):
         outside = run(getattr(ops, name), args, {**kwargs, "impl": impl}, None, grads)
         leaves = [x.detach().requires_grad_() for x in args]
         out = getattr(ops, name)(*leaves, **kwargs, impl=impl)
         out = out if isinstance(out, tuple) else (out,)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             inside = torch.autograd.grad(
                 out, leaves, [g.to(x.dtype) for g, x in zip(grads, out, strict=True)]
             )
@@ -235,8 +258,8 @@ def test_a_backward_pass_under_autocast_is_as_exact_as_outside(name):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_under_activation_checkpointing_gradients_are_the_same(name):
-    args, kwargs = build(OPS[name].cases[0])
+def test_under_activation_checkpointing_gradients_are_the_same(name, device):
+    args, kwargs = build(OPS[name].cases[0], device=device)
     grads = upstream(name, args, kwargs)
 
     def checkpointed(*args, **kwargs):
@@ -248,6 +271,73 @@ def test_under_activation_checkpointing_gradients_are_the_same(name):
         kept = run(getattr(ops, name), args, {**kwargs, "impl": impl}, None, grads)
         redone = run(checkpointed, args, {**kwargs, "impl": impl}, None, grads)
         assert all(torch.equal(a, b) for a, b in zip(kept, redone, strict=True)), impl
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_cuda_graph_replays_forward_and_backward(name):
+    args, kwargs = build(OPS[name].cases[0], torch.bfloat16, "cuda")
+    leaves = [x.detach().requires_grad_() for x in args]
+    grads = [g.bfloat16() for g in upstream(name, args, kwargs)]
+
+    def step():
+        out = getattr(ops, name)(*leaves, **kwargs, impl="triton")
+        out = out if isinstance(out, tuple) else (out,)
+        return [*out, *torch.autograd.grad(out, leaves, grads)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        eager = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
+
+
+class Grids:
+    """In the place of a kernel: keeps what it would have been launched with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __getitem__(self, grid):
+        self.seen.append(grid)
+        return lambda *arguments, **constants: None
+
+
+@pytest.mark.parametrize("module", ["divided", "shift", "trajectory"])
+def test_launches_have_one_axis_however_many_sequences_there_are(module, monkeypatch):
+    """A second axis of a CUDA grid ends at 65,535."""
+    kernels = pytest.importorskip(f"timefast.kernels.{module}_attention_triton")
+    grids = Grids()
+    for name in [x for x in vars(kernels) if x.startswith("_") and x.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, grids)
+    if module == "trajectory":
+        monkeypatch.setattr(
+            kernels, "_FRAMES_KERNELS", dict.fromkeys(kernels._FRAMES_KERNELS, grids)
+        )
+
+    q = torch.zeros(1).expand(66_000, 1, 2, 1, 16)
+    cls = q[:, 0, 0]
+    if module == "divided":
+        kernels.time_attention_op(q, q, q, 1.0)
+        kernels.time_attention_backward_op(q, q, q, q, 1.0)
+        out, cls_out, lse = kernels.space_attention_op(q, q, q, cls, cls, cls, 1.0)
+        kernels.space_attention_backward_op(
+            q, cls_out, q, q, q, cls, cls, cls, out, cls_out, lse, 1.0
+        )
+    elif module == "shift":
+        out, lse = kernels.shift_attention_op(q, q, q, 4, 1.0)
+        kernels.shift_attention_backward_op(q, q, q, q, out, lse, 4, 1.0)
+    else:
+        inputs = (q, q, q, cls, cls, cls, torch.zeros(16, 16), None, torch.zeros(32, 16), None)
+        out, cls_out, *saved = kernels.trajectory_attention_op(*inputs, False, 1.0)
+        kernels.trajectory_attention_backward_op(out, cls_out, *inputs, *saved, False, 1.0)
+    assert len(grids.seen) == {"divided": 5, "shift": 3, "trajectory": 5}[module]
+    assert all(len(grid) == 1 and grid[0] > 65_535 for grid in grids.seen)
 
 
 @pytest.mark.parametrize("name, argument", [(n, i) for n in DIFFERENTIABLE for i in (1, 2)])

@@ -1,9 +1,12 @@
 """Videos that are wrong in every way a video can be, and batches that nothing may change."""
 
+import json
+import multiprocessing
 import os
 import signal
 import socket
 import struct
+import time
 from dataclasses import replace
 
 import av
@@ -16,9 +19,9 @@ from hypothesis import strategies as st
 from timefast.data.batch import ClipSpec, Record, VideoSet
 from timefast.data.sampling import view_frames
 from timefast.demo_data import encode
-from timefast.errors import InputError
+from timefast.errors import InputError, RunError
 from timefast.ops import flow_labels
-from timefast.pipelines import cpu_decode
+from timefast.pipelines import cpu_decode, manifest, samples
 from timefast.pipelines.cpu_decode import KINDS, VideoError, check_file, decode
 from timefast.pipelines.loader import ClipLoader
 from timefast.pipelines.manifest import NAME, read_manifest
@@ -138,6 +141,40 @@ def test_nothing_after_the_last_wanted_frame_is_decoded(tmp_path, webm):
     assert (decode(path, lambda n: [2, 5], tmp_path).frames == whole.frames[[2, 5]]).all()
 
 
+@pytest.mark.parametrize("wanted", [[39], [3, 20, 21, 38], [0, 9], [17, 17, 30], [8], [7, 8]])
+def test_parts_that_no_wanted_frame_needs_are_passed_over_without_a_trace(
+    tmp_path, monkeypatch, wanted
+):
+    path = write(tmp_path / "a.webm", moving_square(40), "libvpx-vp9", g="8")
+    whole = decode(path, everything, tmp_path)
+    original, seen = cpu_decode._frames, []
+
+    def counting(*args):
+        for number, frame in original(*args):
+            seen.append(number)
+            yield number, frame
+
+    monkeypatch.setattr(cpu_decode, "_frames", counting)
+    found = decode(path, lambda n: wanted, tmp_path)
+    assert (found.frames == whole.frames[wanted]).all() and found.counted == 40
+    needed = {i for w in wanted for i in range(w // 8 * 8, w + 1)}
+    assert seen == sorted(needed)
+
+
+def test_nothing_is_passed_over_in_a_file_that_is_not_as_expected(tmp_path, webm, monkeypatch):
+    path = write(tmp_path / "a.webm", moving_square(40), "libvpx-vp9", g="8")
+    whole = decode(path, everything, tmp_path)
+    original = cpu_decode._stretches
+
+    def one_too_many(packets, wanted):  # as if a packet of it gave no frame
+        return [(start, end + 3) for start, end in original(packets, wanted)]
+
+    monkeypatch.setattr(cpu_decode, "_stretches", one_too_many)
+    for wanted in ([5, 39], [3, 20]):
+        found = decode(path, lambda n, w=wanted: w, tmp_path)
+        assert (found.frames == whole.frames[wanted]).all()
+
+
 @pytest.mark.parametrize("frames", [1, 2, 3])
 def test_videos_shorter_than_the_clip_repeat_frames(tmp_path, frames):
     path = write(tmp_path / "a.webm", moving_square(frames), "libvpx-vp9")
@@ -222,7 +259,10 @@ def test_change_of_size_on_the_way_gives_frames_of_the_first_size(tmp_path):
 def test_empty_tiny_text_and_headless_files_have_their_own_kinds(tmp_path, webm):
     assert kind_of(put(tmp_path, b"")) == "empty"
     assert kind_of(put(tmp_path, webm[:1])) == "not-a-video"
-    assert kind_of(put(tmp_path, b"<html><body>403 Forbidden</body>")) == "not-a-video"
+    page = put(tmp_path, b"<html><body>403 Forbidden</body>")
+    with pytest.raises(VideoError, match="<html><body>403") as caught:
+        decode(page, everything, tmp_path)
+    assert caught.value.kind == "not-a-video"
     assert kind_of(put(tmp_path, webm[:200])) == "unreadable"
     assert kind_of(put(tmp_path, b"\0\0\0\x18ftypisom" + b"\0" * 100, "a.mp4")) == "unreadable"
 
@@ -272,7 +312,7 @@ def test_damage_in_the_middle_is_short_or_corrupt_and_twice_the_same(tmp_path, w
         assert verdicts[0] == ("corrupt", None) or verdicts[0][1] or verdicts[0][0] == 20
 
 
-def test_sound_alone_and_cover_pictures_are_no_video(tmp_path):
+def test_sound_alone_is_no_video(tmp_path):
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         sound = container.add_stream("aac", rate=8000)
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), "fltp", "mono")
@@ -280,6 +320,30 @@ def test_sound_alone_and_cover_pictures_are_no_video(tmp_path):
         container.mux(sound.encode(samples))
         container.mux(sound.encode())
     assert kind_of(tmp_path / "a.mp4") == "no-video"
+
+
+@pytest.mark.parametrize("with_video", [False, True])
+def test_cover_picture_is_no_video(tmp_path, with_video):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        cover = container.add_stream("png", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "rgb24"
+        cover.disposition = av.stream.Disposition.attached_pic
+        streams = [cover]
+        if with_video:
+            stream = container.add_stream("libx264", rate=12)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            streams.append(stream)
+        for stream, frames in zip(
+            streams, (moving_square(1, 32, 32), moving_square(6)), strict=False
+        ):
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    if with_video:
+        assert decode(tmp_path / "a.mp4", everything, tmp_path).frames.shape == (6, 48, 64, 3)
+    else:
+        with pytest.raises(VideoError, match="it holds cover picture"):
+            decode(tmp_path / "a.mp4", everything, tmp_path)
 
 
 def test_declared_sizes_and_counts_above_the_caps_are_refused_before_decoding(
@@ -390,7 +454,7 @@ def test_links_may_lead_anywhere_under_the_root_and_nowhere_else(tmp_path, webm)
 def test_any_damage_gives_frames_or_a_known_kind(tmp_path, webm, data):
     raw = bytearray(webm)
     for _ in range(data.draw(st.integers(1, 3))):
-        where = data.draw(st.integers(0, len(raw) - 1))
+        where = data.draw(st.integers(0, max(len(raw) - 1, 0)))
         piece = data.draw(st.binary(min_size=1, max_size=40))
         how = data.draw(st.sampled_from(["replace", "insert", "cut", "remove"]))
         if how == "replace":
@@ -512,6 +576,7 @@ def test_bad_video_is_replaced_by_the_next_good_one_and_reported(videos, tmp_pat
     for number in range(12):
         (tmp_path / f"{number}.webm").write_bytes((videos / f"{number}.webm").read_bytes())
     good = [i for b in loader(tmp_path, 12).batches(0) for i in b.sample.tolist()]
+    (tmp_path / NAME).unlink()  # as if nobody had seen the files while they were good
     broken = {good[3], good[4], good[11]}
     for number in broken:
         (tmp_path / f"{number}.webm").write_bytes(b"")
@@ -616,15 +681,13 @@ def test_workers_ignore_the_signals_of_the_run(videos):
     reader = loader(videos, 12, workers=1)
     batches = reader.batches(0)
     next(batches)
-    (process,) = reader._loader._iterator._workers
+    (pid,) = reader._pool.pids
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        os.kill(process.pid, number)
-    assert len(list(batches)) == 2 and process.is_alive()
+        os.kill(pid, number)
+    assert len(list(batches)) == 2 and reader._pool.pids == [pid]
 
 
-def test_pipeline_that_cannot_run_is_refused_and_auto_says_what_it_took(videos, caplog):
-    with pytest.raises(NotImplementedError, match="dali"):
-        loader(videos, 3, pipeline="dali")
+def test_auto_says_what_it_took_and_why(videos, caplog):
     with pytest.raises(ValueError, match="pipeline"):
         loader(videos, 3, pipeline="decord")
     with caplog.at_level("INFO", "timefast"):
@@ -645,3 +708,182 @@ def test_pipeline_that_cannot_run_is_refused_and_auto_says_what_it_took(videos, 
 def test_clips_that_cannot_be_made_are_refused_at_once(videos, spec, options):
     with pytest.raises(InputError):
         loader(videos, 3, spec=spec, **options)
+
+
+# -- what training notes down
+
+
+def test_training_without_a_manifest_writes_one(videos, tmp_path, monkeypatch):
+    for number in range(12):
+        put(tmp_path, (videos / f"{number}.webm").read_bytes(), f"{number}.webm")
+    put(tmp_path, b"<html>", "3.webm")
+    put(tmp_path, b"", "4.webm")
+    (tmp_path / "5.webm").unlink()  # may be there the next time: not noted
+    first = loader(tmp_path, 12, workers=2)
+    batches = list(first.batches(0))
+    list(first.batches(1))
+    first.close()
+    text = (tmp_path / NAME).read_text().splitlines()
+    found = read_manifest(tmp_path / NAME)
+    assert len(text) == len(found) == 11  # one line a video, though each is seen in two epochs
+    verdicts = {path: line["verdict"] for path, line in found.items()}
+    assert verdicts.pop("3.webm") == "not-a-video" and verdicts.pop("4.webm") == "empty"
+    assert set(verdicts.values()) == {"ok"}
+    assert found["0.webm"]["frames"] == 10 and found["0.webm"]["codec"] == "vp9"
+    tried = []
+    original = samples.decode
+    monkeypatch.setattr(samples, "decode", lambda p, *a: (tried.append(p.name), original(p, *a))[1])
+    assert equal(list(loader(tmp_path, 12).batches(0)), batches)
+    assert not {"3.webm", "4.webm"} & set(tried)
+    scan(tmp_path, workers=1)
+    assert {line["verdict"] for line in read_manifest(tmp_path / NAME).values()} == {
+        "ok", "not-a-video", "empty",
+    }  # fmt: skip
+
+
+def test_scan_looks_again_at_what_training_found_bad(videos, tmp_path):
+    put(tmp_path, (videos / "0.webm").read_bytes(), "0.webm")
+    line = {"path": "0.webm", "size": 0, "mtime_ns": 0, "deep": False, "verdict": "unreadable"}
+    found = os.stat(tmp_path / "0.webm")
+    line |= {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "reason": "a bad moment"}
+    (tmp_path / NAME).write_text(json.dumps({**line, "by": "training"}) + "\n")
+    assert scan(tmp_path, workers=1)["0.webm"]["verdict"] == "ok"
+    (tmp_path / NAME).write_text(json.dumps(line) + "\n")
+    assert scan(tmp_path, workers=1)["0.webm"]["verdict"] == "unreadable"
+
+
+def test_data_folder_that_cannot_be_written_to_is_said_once(videos, tmp_path, monkeypatch, caplog):
+    for number in range(12):
+        put(tmp_path, (videos / f"{number}.webm").read_bytes(), f"{number}.webm")
+
+    def read_only(path):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(manifest, "JsonLines", read_only)
+    with caplog.at_level("INFO", "timefast"):
+        assert len(list(loader(tmp_path, 12).batches(0))) == 3
+    assert caplog.text.count("is not added to") == 1
+
+
+def test_evaluation_and_other_processes_write_no_manifest(videos, tmp_path):
+    for number in range(4):
+        put(tmp_path, (videos / f"{number}.webm").read_bytes(), f"{number}.webm")
+    list(loader(tmp_path, 4, train=False).batches(0))
+    list(loader(tmp_path, 4, rank=1, world_size=2).batches(0))
+    assert not (tmp_path / NAME).exists()
+
+
+# -- processes that hang or die
+
+
+def test_video_that_hangs_a_decoder_is_bad_and_its_worker_is_replaced(
+    videos, tmp_path, monkeypatch, caplog
+):
+    for number in range(12):
+        put(tmp_path, (videos / f"{number}.webm").read_bytes(), f"{number}.webm")
+    plain = list(loader(tmp_path, 12).batches(0))
+    (tmp_path / NAME).unlink()
+    order = [i for b in plain for i in b.sample.tolist()]
+    original = samples.decode
+
+    def hangs(path, *args):
+        if path.name == f"{order[2]}.webm":
+            time.sleep(60)
+        return original(path, *args)
+
+    monkeypatch.setattr(samples, "decode", hangs)
+    monkeypatch.setattr(cpu_decode, "TIMEOUT_S", 0.5)
+    reader = loader(tmp_path, 12, workers=2)
+    before = time.monotonic()
+    with caplog.at_level("WARNING", "timefast"):
+        batches = list(reader.batches(0))
+    assert time.monotonic() - before < 10
+    assert [i for b in batches for i in b.sample.tolist()] == order[:2] + [order[3]] + order[3:]
+    assert [(int(f.id), f.kind) for b in batches for f in b.failures] == [(order[2], "timeout")]
+    assert equal(batches[1:], plain[1:])
+    assert f"hangs (exit code -9) at {tmp_path}/{order[2]}.webm" in caplog.text
+    before = time.monotonic()
+    assert len(list(reader.batches(1))) == 3  # nobody tries it again
+    assert time.monotonic() - before < 1
+    assert f"{order[2]}.webm" not in read_manifest(tmp_path / NAME)  # may have been the machine
+    reader.close()
+
+
+def test_worker_that_is_killed_is_replaced_and_its_batches_made_again(videos, caplog):
+    expected = list(loader(videos, 12, batch_size=2).batches(0))
+    reader = loader(videos, 12, batch_size=2, workers=2)
+    batches = reader.batches(0)
+    found = [next(batches)]
+    for pid in reader._pool.pids:
+        os.kill(pid, signal.SIGKILL)
+    before = time.monotonic()
+    with caplog.at_level("WARNING", "timefast"):
+        found += batches
+    assert time.monotonic() - before < 10
+    assert equal(found, expected)
+    assert "ended (exit code -9)" in caplog.text
+    reader.close()
+
+
+def test_video_that_ends_its_process_twice_is_bad(videos, tmp_path, monkeypatch):
+    for number in range(12):
+        put(tmp_path, (videos / f"{number}.webm").read_bytes(), f"{number}.webm")
+    original = samples.decode
+
+    def ends(path, *args):
+        if path.name == "7.webm":
+            os._exit(139)
+        return original(path, *args)
+
+    monkeypatch.setattr(samples, "decode", ends)
+    reader = loader(tmp_path, 12, workers=1)
+    batches = list(reader.batches(0))
+    assert [(f.id, f.kind) for b in batches for f in b.failures] == [("7", "crash")]
+    reader.close()
+
+
+def test_workers_that_cannot_live_end_the_run(videos, monkeypatch):
+    monkeypatch.setattr(samples.Samples, "make", lambda *_: os._exit(1))
+    reader = loader(videos, 12, workers=1)
+    with pytest.raises(RunError, match="in a row ended.*--workers 0"):
+        next(reader.batches(0))
+    reader.close()
+
+
+def test_error_of_ours_in_a_worker_is_shown_with_its_place(videos, monkeypatch):
+    monkeypatch.setattr(samples, "resize_crop", lambda *_: 1 / 0)
+    reader = loader(videos, 12, workers=1)
+    with pytest.raises(RuntimeError, match="(?s)Traceback.*ZeroDivisionError"):
+        next(reader.batches(0))
+    reader.close()
+
+
+@pytest.mark.parametrize("how", ["killed", "exit"])
+def test_workers_end_with_the_process_that_started_them(videos, how):
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+
+    def run():
+        reader = loader(videos, 12, workers=2)
+        next(reader.batches(0))
+        theirs.send(reader._pool.pids)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = fork.Process(target=run)
+    process.start()
+    pids = ours.recv()
+    process.join(10)
+    assert process.exitcode == (-9 if how == "killed" else 0)
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

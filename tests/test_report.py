@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.fake_run import (
     CLASSES,
@@ -70,6 +71,57 @@ def page_of(config=None, metrics=None, failures=(), strips=(), excuse=None) -> t
         config or fake_config(), metrics, failures, strips, excuse, name="demo-run"
     )
     return Page(html), html
+
+
+def write_analysis(run):
+    """What the three commands leave; two models in each."""
+    folder = run / "analysis"
+    folder.mkdir()
+    edges = [round(i / 10 - 1, 1) for i in range(21)]
+    mass = [0.0] * 9 + [0.25, 0.5, 0.25] + [0.0] * 8
+    about = {"protocol": "one clip", "videos_expected": 240, "videos_evaluated": 240}
+    probe = {"accuracy": [100.0, 99.5, 45.6], "chance": 12.5, "subset": None, **about}
+    gaps = {"edges": edges, "mass": mass, "gap": -0.07, "subset": "temporal", **about}
+    cam = {"label": 2, "probability": 0.873, "class": "Lifting <something> up"}
+
+    def record(values):
+        return json.dumps(
+            {"id": "480", "models": [{"source": f"runs/{x}", **values} for x in "ab"]}
+        )
+
+    (folder / "probe.json").write_text(record(probe))
+    (folder / "confidence.json").write_text(record(gaps))
+    (folder / "gradcam-480.json").write_text(record(cam))
+    Image.new("RGB", (8, 4)).save(folder / "gradcam-480.png")
+    return folder
+
+
+def test_analyses_are_part_of_the_page_when_they_exist(tmp_path):
+    run = write_fake_run(tmp_path / "run")
+    page = Page(report.write_report(run).read_text())
+    assert "analysis" not in page.sections
+    folder = write_analysis(run)
+    html = report.write_report(run).read_text()
+    page = Page(html)
+    assert page.sections[:5] == ["accuracy", "curves", "clips", "analysis", "failures"]
+    for text in ("Frames put in their place", "45.6", "−0.07", "87.3 %", "of temporal classes"):
+        assert text in page.text
+    assert "Lifting &lt;something&gt; up" in html  # names are text, never markup
+    assert any(r.startswith("data:image/png;base64,") for r in page.references)
+    assert not [r for r in page.references if not r.startswith(("data:", "#"))]
+    (folder / "probe.json").write_text('{"models": [{"source": "a"}]}')  # of another version
+    (folder / "confidence.json").write_text("{")
+    (folder / "gradcam-480.png").unlink()
+    assert "analysis" not in Page(report.write_report(run).read_text()).sections
+
+
+def test_confidence_chart_begins_and_ends_where_videos_are(tmp_path):
+    record = json.loads((write_analysis(tmp_path) / "confidence.json").read_text())
+    chart = report.confidence_chart(record)
+    points = chart.lines[0].points
+    assert points[0] == (-0.1, 0.0) and points[-1] == (0.2, 0.0)
+    assert points[1:3] == [(-0.1, 25.0), (0.0, 25.0)] and not any(chart.dots)
+    assert report.confidence_chart(None) is None and report.probe_chart(None) is None
 
 
 def test_report_has_every_section_and_final_numbers():

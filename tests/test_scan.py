@@ -44,9 +44,9 @@ def verdicts(found):
 def count_looks(monkeypatch):
     looked = []
 
-    def counting(path, root, *, deep):
+    def counting(path, *args, deep):
         looked.append(path.name)
-        return probe(path, root, deep=deep)
+        return probe(path, *args, deep=deep)
 
     monkeypatch.setattr(scan_module, "probe", counting)
     return looked
@@ -88,10 +88,10 @@ def test_second_scan_looks_at_new_and_changed_files_only(folder, monkeypatch):
 
 
 def test_interrupted_scan_goes_on_where_it_stopped(folder, monkeypatch):
-    def killed(path, root, *, deep):
+    def killed(path, *args, deep):
         if path.name == "cut.webm":
             raise KeyboardInterrupt
-        return probe(path, root, deep=deep)
+        return probe(path, *args, deep=deep)
 
     monkeypatch.setattr(scan_module, "probe", killed)
     assert main([str(folder), "--workers", "1"]) == 130

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.demo_losses import measure
+from timefast.ablate import measure
 from timefast.demo_data import demo_data_folder
 from timefast.train import main
 
@@ -16,7 +16,7 @@ def test_time_learns_the_order_of_frames_where_the_baseline_reads_the_cue(tmp_pa
         run = tmp_path / losses
         flags = ["--recipe", "demo", "--losses", losses, "--data", str(data), "--out", str(run)]
         assert main(flags) == 0
-        result[losses] = measure(run, data)
+        result[losses] = measure(run, (1, 1), 3)
     base, time = result["none"], result["order,debias,flow"]
     assert time["temporal_original"] - base["temporal_original"] >= 15
     assert time["temporal_shuffled"] <= base["temporal_shuffled"]

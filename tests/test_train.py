@@ -217,7 +217,7 @@ def test_continuing_needs_no_image_model_and_keeps_the_precision(data, tmp_path,
     assert len(read) == 1
     monkeypatch.setattr("timefast.train.autocast_for", lambda *given: read.append(given) or AS_FP32)
     assert main(["--resume", "--out", str(run), "--max-steps", "2"]) == 0
-    assert len(read) == 3 and read[2][1] == "fp32"
+    assert len(read) == 2 and read[1][1] == "fp32"
 
 
 def test_accumulated_gradients_equal_one_large_batch(data, tmp_path):
@@ -272,6 +272,7 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(data, tmp_path, m
 def test_a_bad_video_is_skipped_named_and_counted(data, tmp_path):
     broken = tmp_path / "data"
     subprocess.run(["cp", "-r", str(data), str(broken)], check=True)
+    (broken / "timefast-scan.jsonl").unlink(missing_ok=True)  # what earlier runs noted down
     entries = json.loads((broken / "something-something-v2-train.json").read_text())
     (broken / "videos" / f"{entries[0]['id']}.webm").write_bytes(b"")
     assert train(broken, tmp_path / "run", "--max-steps", "4") == 0
@@ -372,9 +373,7 @@ def test_tensorboard_gets_the_last_points_and_may_fail(data, tmp_path, monkeypat
     assert drawn[-1] == "closed" and "eval/all/shuffled_top1" in drawn
 
 
-def test_a_decoding_process_that_is_killed_ends_the_run_with_a_message(
-    data, tmp_path, monkeypatch, capsys
-):
+def test_a_run_goes_on_when_its_decoding_processes_are_killed(data, tmp_path, monkeypatch, capsys):
     real = TimeMethod.training_loss
 
     def then_kill(*given):
@@ -383,8 +382,8 @@ def test_a_decoding_process_that_is_killed_ends_the_run_with_a_message(
         return real(*given)
 
     monkeypatch.setattr(TimeMethod, "training_loss", then_kill)
-    assert train(data, tmp_path / "run", "--workers", "1") == 1
-    assert "a decoding process ended" in capsys.readouterr().err
+    assert train(data, tmp_path / "run", "--workers", "1", "--max-steps", "3") == 0
+    assert "ended (exit code -9)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,5 @@
 """What is special to trajectory_attention; tests/test_ops.py has what every op promises."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +8,6 @@ from timefast import ops
 from timefast.kernels import trajectory_attention as portable
 from timefast.kernels.op import OPS
 
-ROOT = Path(__file__).resolve().parents[1]
 CASES = {case.name: case for case in OPS["trajectory_attention"].cases}
 KINDS = ["trajectory", "projected"]
 
@@ -175,17 +168,23 @@ def test_the_triton_op_keeps_the_rules_of_custom_ops():
     torch.library.opcheck(trajectory_attention_op, (*leaves, True, 0.25), test_utils=checks)
 
 
-@pytest.mark.slow
-def test_kernels_of_the_paper_shape_fit_a_gpu():
-    """Without spills; a process that interprets Triton cannot compile it."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "bench.compile_trajectory", "--few"]
-    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    rows = [json.loads(line) for line in out.stdout.splitlines()]
-    names = ("trajectory_fwd", "trajectory_bwd_dq", "trajectory_bwd_dkv", "along_fwd", "along_bwd")
-    kernels = {(f"_{name}_kernel", cc) for name in names for cc in (80, 90)}
-    assert {(row["kernel"], row["cc"]) for row in rows} == kernels
-    for row in rows:
-        assert row["spills"] == row["stack"] == 0, row
-        assert row["shared"] <= 163 * 1024, row
+@pytest.mark.parametrize("values", KINDS)
+def test_computing_the_first_step_again_changes_no_bit_and_keeps_less(values, monkeypatch):
+    from timefast.kernels import trajectory_attention_triton as kernels
+
+    args = make(1, 3, 2, 1, 16, dtype=torch.float32)
+    kept, results = [], []
+    for keep in (True, False):
+        monkeypatch.setattr(kernels, "KEEP_X", keep)
+        storages = {}
+
+        def pack(x, storages=storages):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            ops.trajectory_attention(*args, values=values, impl="triton")
+        kept.append(sum(storages.values()))
+        results.append(gradients(args, "triton", values=values))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[0] - kept[1] >= 3 * args[0].nbytes  # the answers of three frames

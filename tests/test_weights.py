@@ -203,9 +203,11 @@ def test_foreign_layouts_and_back_give_the_same_weights():
         assert not model.has_time_heads
 
 
-def test_folder_of_hugging_face(tmp_path):
+@pytest.mark.parametrize("attention", ["divided", "joint"])
+def test_folder_of_hugging_face(tmp_path, attention):
     transformers = pytest.importorskip("transformers")
     config = transformers.TimesformerConfig(
+        attention_type=f"{attention}_space_time",
         image_size=16, patch_size=8, num_frames=4, hidden_size=32, num_hidden_layers=2,
         num_attention_heads=2, intermediate_size=64, num_labels=5,
     )  # fmt: skip
@@ -213,6 +215,8 @@ def test_folder_of_hugging_face(tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path).eval()
     assert ours.config["heads"] == 2 and ours.config["mlp_ratio"] == 2.0
+    assert ours.config["attention"] == attention
+    assert ours.classes is None  # LABEL_0, LABEL_1, ... are no names
     video = clip()
     with torch.no_grad():
         expected = theirs(pixel_values=video.transpose(1, 2)).logits
@@ -221,6 +225,9 @@ def test_folder_of_hugging_face(tmp_path):
     assert bare.load_report.at_init == ["head.weight", "head.bias"]
     torch.testing.assert_close(bare.eval().features(video).cls, ours.features(video).cls)
     edited = json.loads((tmp_path / "config.json").read_text())
+    names = {str(i): f"Moving [something] {i}" for i in range(5)}
+    (tmp_path / "config.json").write_text(json.dumps({**edited, "id2label": names}))
+    assert load_model(tmp_path).classes[3] == "Moving something 3"
     (tmp_path / "config.json").write_text(json.dumps({**edited, "hidden_act": "relu"}))
     with pytest.raises(InputError, match="hidden_act='relu' is not supported"):
         load_model(tmp_path)

@@ -56,8 +56,13 @@ class ModelConfig:
     heads: int = _flag(12, "attention heads")
     mlp_ratio: float = _flag(4.0, "hidden width of the MLP over model width")
     drop_path: float = _flag(0.1, "stochastic depth rate of the last block")
-    init: Literal["published", "scratch"] = _flag(
-        "published", "initialisation: published (for ImageNet weights) or scratch"
+    init: Literal["auto", "published", "scratch"] = _flag(
+        "auto",
+        "initialisation: published (made for ImageNet weights), scratch, or auto: scratch with "
+        "weights=none, else published",
+    )
+    time_embed_every_block: bool = _flag(
+        False, "add the time embedding again before every block (appendix D of the paper)"
     )
     weights: str = _flag(
         "imagenet", "initial weights: imagenet, none, a timm hub id, or a checkpoint file"
@@ -78,6 +83,9 @@ class ModelConfig:
 class DataConfig:
     root: Path | None = _flag(
         None, "data set folder; without it the demo set is made and used", flag="--data"
+    )
+    subset: str | None = _flag(
+        None, "train on these classes alone: temporal, static, or a file with a class name a line"
     )
     short_side: tuple[int, int] = _flag((256, 320), "training jitter of the short side, pixels")
     test_short_side: int = _flag(224, "short side in evaluation, pixels")
@@ -132,7 +140,9 @@ class MethodConfig:
 class OptimConfig:
     epochs: int = _flag(35, "passes over the training videos")
     max_steps: int | None = _flag(None, "stop after this many optimizer steps")
-    batch_size: int = _flag(64, "clips per optimizer step and accumulation part")
+    batch_size: int = _flag(
+        64, "clips per optimizer step and accumulation part, of all processes together"
+    )
     accumulate: int = _flag(1, "batches whose gradients are summed before a step")
     lr: float = _flag(1e-4, "peak learning rate of AdamW")
     weight_decay: float = _flag(0.05, "weight decay of tensors with more than one dimension")
@@ -169,6 +179,14 @@ class RunConfig:
     )
     impl: str = _flag("auto", "implementation of the attention ops")
     compile: bool = _flag(False, "torch.compile the backbone")
+    checkpoint_activations: Literal["none", "mlp", "blocks"] = _flag(
+        "none", "what the backward pass computes again instead of keeping it in memory"
+    )
+    profile: bool = _flag(False, "write a profiler trace and the time of each part of a step")
+    shard: bool = _flag(
+        False, "spread weights and optimizer state over the processes (FSDP2), for larger models"
+    )
+    timeout: float = _flag(600.0, "seconds after which a process that hears of no other gives up")
     eval_every: int = _flag(1, "epochs between evaluations")
     views: tuple[int, int] = _flag((1, 3), "temporal x spatial views of the final evaluation")
     shuffles: int = _flag(3, "random frame orders per video in the final evaluation")
@@ -179,6 +197,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "eval_every", "shuffles", "log_every", "save_every", "keep")
         _at_least(self, 0, "seed")
+        if self.timeout <= 0:
+            _reject(self, "timeout", "a positive number of seconds")
+        if self.shard and self.compile:
+            raise InputError("--shard and --compile: leave one of the two out")
         if self.views[0] < 1 or self.views[1] not in (1, 3):
             _reject(self, "views", "1 or more temporal x 1 or 3 spatial")
 

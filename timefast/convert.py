@@ -1,11 +1,14 @@
 """Foreign checkpoints and ours: `python -m timefast.convert SOURCE DEST [--to FAMILY]`.
 
+Weights go there and back bit by bit, those that their own model never reads included.
+
 Which family a state dict is of, what sizes it tells, and one pure state-dict-to-state-dict function
 per family and direction. Our own keys are those of the published TIME code, so that family needs
 no function.
 """
 
 import json
+import logging
 import math
 import re
 import sys
@@ -22,7 +25,10 @@ from timefast.errors import InputError
 from timefast.log import to_console
 from timefast.models.vit import grid_of, resize_frames, resize_grid
 
+logger = logging.getLogger("timefast")
 State = dict[str, Tensor]
+NEVER_READ = "the model it comes from never reads it"
+KEPT = "unused."  # before the key of such a weight in a file of this project, for the way back
 
 # family -> backbone it holds ("imagenet" starts any of them), normalisation its clips had
 FAMILIES: dict[str, tuple[str | None, tuple[float, float]]] = {
@@ -156,14 +162,19 @@ def to_huggingface(state: Mapping[str, Tensor]) -> State:
 
 
 def from_motionformer(state: Mapping[str, Tensor]) -> Converted:
-    """The published Motionformer keeps two patch embeddings and reads one of them."""
+    """The published Motionformer keeps two patch embeddings and reads one of them; its models for
+    EPIC-Kitchens have two classifiers in the place of one."""
     out = Converted(dict(state))
+    for key in state:
+        if key.startswith(("head0.", "head1.")):
+            out.unused[key] = "a classifier of verbs or nouns; a model here has one classifier"
+            del out.state[key]
     tubes = state.get("patch_embed_3d.proj.weight")
     if tubes is not None:
         dead = "patch_embed." if tubes.shape[2] > 1 else "patch_embed_3d."
         for key in state:
             if key.startswith(dead):
-                out.unused[key] = "the model it comes from never reads it"
+                out.unused[key] = NEVER_READ
                 del out.state[key]
     return out
 
@@ -174,7 +185,7 @@ def from_xvit(state: Mapping[str, Tensor]) -> Converted:
     out = Converted({})
     for key, value in state.items():
         if key.startswith("new_fc."):
-            out.unused[key] = "the model it comes from never reads it"
+            out.unused[key] = NEVER_READ
             continue
         name = key.replace("consensus.mlp_head.4.", "consensus.head.")
         out.state[name] = value
@@ -407,7 +418,7 @@ def _some(state: Mapping[str, Any]) -> str:
 TARGETS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Tensor]], State]]] = {
     "time": (("timesformer", "motionformer", "xvit"), dict),
     "timesformer": (("timesformer",), to_timesformer),
-    "huggingface": (("timesformer",), to_huggingface),
+    "hf": (("timesformer",), to_huggingface),
     "motionformer": (("motionformer",), _without_time_heads),
     "xvit": (("xvit",), to_xvit),
 }
@@ -419,30 +430,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Bring a checkpoint of any known family into the form of this project, or of "
         "another family.",
         epilog="Families for --to: time, timesformer, motionformer and xvit write a file that "
-        "their own loaders read (.safetensors: the bare weights), huggingface writes a folder.",
+        "their own loaders read (.safetensors: the bare weights), hf (Hugging Face) a folder.",
     )
     parser.add_argument("source", type=Path, help="checkpoint file, run folder or HF folder")
-    parser.add_argument("dest", type=Path, help="file to write (a folder for huggingface)")
+    parser.add_argument("dest", type=Path, help="file to write (a folder for hf)")
     parser.add_argument("--to", choices=tuple(TARGETS), help="family (default: this project)")
     parser.add_argument("--backbone", help="what an ImageNet ViT shall start")
-    parser.add_argument("--heads", type=int, help="attention heads, if their width is not 64")
-    parser.add_argument("--frames", type=int, help="input frames, if the weights do not tell")
-    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels")
     parser.add_argument(
         "--allow-missing", action="store_true", help="accept missing and unexpected weights"
     )
+    from timefast.eval.source import add_model_flags, exit_code, model_keywords
+
+    add_model_flags(parser)
     args = parser.parse_args(argv)
     to_console()
-    told = {"heads": args.heads, "frames": args.frames, "image_size": args.image_size}
-    try:
-        write_converted(
-            args.source, args.dest, args.to, backbone=args.backbone, strict=not args.allow_missing,
-            **{name: value for name, value in told.items() if value is not None},
-        )  # fmt: skip
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work() -> int:
+        strict = not args.allow_missing
+        told = {"backbone": args.backbone, "strict": strict, **model_keywords(args)}
+        write_converted(args.source, args.dest, args.to, **told)
+        return 0
+
+    return exit_code(work)
 
 
 def write_converted(source: Path, dest: Path, to: str | None, **options: Any) -> None:
@@ -451,22 +460,27 @@ def write_converted(source: Path, dest: Path, to: str | None, **options: Any) ->
     Raises InputError if it cannot be read, if the family does not know the backbone, or if `dest`
     exists.
     """
-    from timefast.weights import describe, load_model
+    from timefast.weights import describe, load_model, never_read
 
     if dest.exists():
         raise InputError(f"{dest} exists; nothing is overwritten, name another place")
     model = load_model(source, **options)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    unread = never_read(source)
     if to is None:
         if dest.suffix != ".safetensors":
             raise InputError(f"{dest}: the form of this project is a .safetensors file")
+        state |= {f"{KEPT}{key}": value for key, value in unread.items()}
         _write_safetensors(dest, state, {"timefast": json.dumps(describe(model))})
         return
     backbones, convert = TARGETS[to]
     if model.backbone not in backbones:
         raise InputError(f"--to {to} holds {', '.join(backbones)}, but {source} a {model.backbone}")
     foreign = convert(state)
-    if to == "huggingface":
+    if to in ("motionformer", "xvit"):
+        foreign |= unread
+    _warn_of_normalisation(model, to)
+    if to == "hf":
         files = {
             "config.json": _huggingface_config(model.config, model.classes),
             "preprocessor_config.json": {
@@ -482,6 +496,22 @@ def write_converted(source: Path, dest: Path, to: str | None, **options: Any) ->
         _write_safetensors(dest, foreign, {"format": "pt"})
     else:
         torch.save({"model_state": foreign}, dest)
+
+
+def _warn_of_normalisation(model: Any, to: str) -> None:
+    """The files of most families do not say how clips are normalised; their users just know."""
+    family = {"time": f"time_{model.backbone}", "motionformer": "time_motionformer",
+              "xvit": "time_xvit"}.get(to, to)  # fmt: skip
+    if family == "hf":
+        return  # it is written beside the weights
+    mean, std = FAMILIES[family][1]
+    ours = model.normalisation
+    if ours != {"mean": [mean] * 3, "std": [std] * 3}:
+        logger.warning(
+            "this model wants clips normalised with mean %s and std %s, but %s uses mean %s, std "
+            "%s and its files cannot say otherwise: tell whoever loads it",
+            ours["mean"], ours["std"], to, mean, std,
+        )  # fmt: skip
 
 
 def _write_safetensors(file: Path, state: State, metadata: dict[str, str]) -> None:

@@ -50,6 +50,13 @@ def autocast_for(device: torch.device, precision: str) -> tuple[Callable[[], Any
     return lambda: torch.autocast(device.type, dtype=dtype), precision
 
 
+def cores_of_this_process() -> int:
+    """Cores that this process may use, shared with the other processes that torchrun started on
+    this machine."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def share_cores_with_workers(device: torch.device) -> None:
     """On a CPU leave half of the cores to the decoding processes.
 
@@ -57,7 +64,7 @@ def share_cores_with_workers(device: torch.device) -> None:
     run continued with other workers is to compute the same bits.
     """
     if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0))
+        cores = cores_of_this_process()
         torch.set_num_threads(max(1, cores - cores // 2))
 
 

@@ -13,10 +13,13 @@ LEAST_BUDGET = 10  # a small data set may always hold this many bad files
 
 
 class FailureLog:
-    """Keeps `failures.jsonl` of a run: one line per video, with how often it failed."""
+    """Keeps `failures.jsonl` of a run: one line per video, with how often it failed.
 
-    def __init__(self, path: Path, videos: int, max_fraction: float):
-        self.path = path
+    Of several processes all count all failures, and one `writes` the file.
+    """
+
+    def __init__(self, path: Path, videos: int, max_fraction: float, *, writes: bool = True):
+        self.path, self._writes = path, writes
         self.budget = max(LEAST_BUDGET, int(max_fraction * videos))
         self.videos = videos
         self._seen: dict[str, dict[str, Any]] = {}
@@ -26,7 +29,7 @@ class FailureLog:
 
     def add(self, failures: Sequence[Failure]) -> list[Failure]:
         """Count these; returns those that are new. Raises InputError when the budget is spent."""
-        new = [f for f in failures if f.path not in self._seen]
+        new = list({f.path: f for f in failures if f.path not in self._seen}.values())
         for failure in failures:
             entry = self._seen.setdefault(failure.path, {"path": failure.path, "count": 0})
             entry |= {"id": failure.id, "class": failure.kind, "reason": failure.reason}
@@ -45,7 +48,8 @@ class FailureLog:
         self._write()
 
     def _write(self) -> None:
-        replace_json_lines(self.path, list(self._seen.values()))
+        if self._writes:
+            replace_json_lines(self.path, list(self._seen.values()))
 
     def _over_budget(self) -> str:
         kinds = Counter(entry["class"] for entry in self._seen.values())

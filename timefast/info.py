@@ -22,6 +22,8 @@ from typing import Any
 
 from timefast import __version__
 from timefast.cache import cache_folder
+from timefast.errors import InputError
+from timefast.log import to_console
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ PACKAGES = (
     Package(
         "tensorboard", ("tensorboard",), "curves in TensorBoard", 'pip install -e ".[tensorboard]"'
     ),
+    Package("onnx", ("onnx",), "timefast.export to ONNX", 'pip install -e ".[onnx]"'),
+    Package("onnxscript", ("onnxscript",), "timefast.export to ONNX", 'pip install -e ".[onnx]"'),
+    Package("onnxruntime", ("onnxruntime",), "checking exported ONNX", 'pip install -e ".[onnx]"'),
     Package("xformers", ("xformers",), "a rival in bench/, nothing else", "pip install xformers"),
     Package(
         "transformers",
@@ -266,9 +271,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "missing with the command that installs it.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "--pipeline",
+        type=Path,
+        metavar="DIR",
+        help="also measure which decoding pipeline feeds the model, on the data set in DIR",
+    )
     arguments = parser.parse_args(argv)
     info = collect()
-    sys.stdout.write((json.dumps(info, indent=2) if arguments.json else as_text(info)) + "\n")
+    text = as_text(info)
+    if arguments.pipeline is not None:
+        from timefast import feeding
+
+        to_console()
+        try:
+            info["pipeline"] = feeding.feeding(arguments.pipeline)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        text += "\n" + feeding.as_text(info["pipeline"])
+    sys.stdout.write((json.dumps(info, indent=2) if arguments.json else text) + "\n")
     return 0
 
 

@@ -1,5 +1,6 @@
 """What a training loop shows of itself: losses and times of its last steps, a bar, curves."""
 
+import contextlib
 import logging
 import math
 import time
@@ -9,17 +10,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from timefast import distributed
 from timefast.data.batch import Batch
+from timefast.profiling import during
 
 logger = logging.getLogger("timefast")
 
 
 class Progress:
-    """A bar on a terminal, plain lines elsewhere."""
+    """A bar on a terminal, plain lines elsewhere; of several processes the leader shows it."""
 
     def __init__(self, total: int, done: int):
+        hidden = True if distributed.rank() else None
         self.bar = tqdm(
-            total=total, initial=done, unit="step", dynamic_ncols=True, disable=None, leave=True
+            total=total, initial=done, unit="step", dynamic_ncols=True, disable=hidden, leave=True
         )
         self.total = total
 
@@ -51,15 +55,16 @@ class Progress:
 class Curves:
     """For TensorBoard, where that optional package is installed; else nothing is drawn.
 
-    A disk that refuses them ends the curves and not the run.
+    Of several processes the leader draws. A disk that refuses them ends the curves, not the run.
     """
 
     def __init__(self, folder: Path, step: int):
-        try:
+        self._writer: Any = None
+        if distributed.rank():
+            return
+        with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._writer: Any = None
-        else:
+
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def add(self, values: dict[str, float | None], step: int) -> None:
@@ -107,7 +112,8 @@ class Window:
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
-            item = next(iterator, None)
+            with during("data"):
+                item = next(iterator, None)
             self._data_s += time.perf_counter() - before
             if item is None:
                 return
@@ -125,15 +131,19 @@ class Window:
         self._samples.append([])
 
     def read(self) -> tuple[dict[str, Any], list[list[int]]]:
-        """Means over the steps, and the videos of each step whose gradients were not finite."""
-        norms = torch.stack(self._norms).cpu()
-        sums = {k: float(v) / len(norms) for k, v in self._sums.items()}
+        """Means over the steps and sums over the processes, and the videos of each step whose
+        gradients were not finite."""
+        norms = torch.stack(self._norms).cpu()  # the same in all processes
+        own = {k: float(v) for k, v in self._sums.items()}, self._clips, self._data_s
+        gathered = distributed.gather(own)
+        sums = {k: sum(part[0][k] for part in gathered) / len(norms) for k in own[0]}
         seconds = time.perf_counter() - self._start
         skipped: list[list[int]] = []
         for finite, samples in zip(norms.isfinite().tolist(), self._samples, strict=False):
             self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
             if not finite:
-                skipped.append(torch.cat(samples).tolist())
+                of_all = distributed.gather(torch.cat(samples).tolist())
+                skipped.append([sample for part in of_all for sample in part])
 
         def finite_or_none(value: float) -> float | None:
             return value if math.isfinite(value) else None
@@ -142,8 +152,8 @@ class Window:
         line |= {f"loss_{k}": finite_or_none(v) for k, v in sums.items() if k != "total"}
         line |= {
             "grad_norm": finite_or_none(float(norms[-1])),
-            "clips_per_s": self._clips / seconds,
-            "data_s": self._data_s / len(norms),
+            "clips_per_s": sum(part[1] for part in gathered) / seconds,
+            "data_s": max(part[2] for part in gathered) / len(norms),
             "step_s": seconds / len(norms),
         }
         self._clear()

@@ -1,39 +1,39 @@
 """One self-contained HTML page about a run: `python -m timefast.report RUN_DIR`.
 
 The page is made from what the run directory holds: `config.json`, `metrics.jsonl`,
-`failures.jsonl` and the newest complete checkpoint. It refers to nothing outside itself. The part
-that needs checkpoint and videos (frames with flow directions and frame order) says in the page why
-it is missing when one of them is gone; everything else does not depend on it.
+`failures.jsonl`, the newest complete checkpoint, and the charts of its `analysis/`. It refers to
+nothing outside itself. The part that needs checkpoint and videos (frames with flow directions and
+frame order) says in the page why it is missing when one of them is gone; everything else does not
+depend on it.
 """
 
 import argparse
 import json
 import logging
-import math
 import os
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from timefast import __version__
 from timefast.errors import InputError
 from timefast.log import read_json_lines, to_console
+from timefast.report_analysis import Analysis, read_analysis
+from timefast.report_charts import (
+    SUBSETS,
+    accuracy_chart,
+    confidence_chart,
+    is_finite,
+    loss_chart,
+    probe_chart,
+)
 from timefast.report_clips import ClipStrip, clip_strips
 
 logger = logging.getLogger("timefast")
 
 BACKBONES = {"timesformer": "TimeSformer", "motionformer": "Motionformer", "xvit": "X-ViT"}
-SUBSETS = {"all": "All classes", "temporal": "Temporal classes", "static": "Static classes"}
-LOSSES = {
-    "loss": "total",
-    "loss_ce": "class",
-    "loss_order": "order",
-    "loss_debias": "debias",
-    "loss_flow": "flow",
-}
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -50,6 +50,7 @@ def write_report(run_dir: str | Path) -> Path:
         read_json_lines(run_dir / "failures.jsonl"),
         strips,
         excuse,
+        read_analysis(run_dir / "analysis"),
         name=run_dir.resolve().name,
     )
     path = run_dir / "report.html"
@@ -81,19 +82,21 @@ def render(
     failures: Iterable[dict[str, Any]],
     strips: Sequence[ClipStrip],
     excuse: str | None,
+    analysis: Analysis | None = None,
     *,
     name: str,
 ) -> str:
-    """The page as text. `excuse` says why clips are missing, None if they are not."""
+    """The page as text. `excuse` says why clips are missing, None if they are not; `analysis` is
+    what timefast.probe, confidence and gradcam left in the run's folder."""
     from jinja2 import Environment, FileSystemLoader
 
     records = [r for r in metrics if isinstance(r, dict)]
     train = _last_per(
-        ("step",), [r for r in records if r.get("kind") == "train" and _finite(r.get("step"))]
+        ("step",), [r for r in records if r.get("kind") == "train" and is_finite(r.get("step"))]
     )
     evals = _last_per(
         ("step", "split", "protocol", "shuffles", "subset"),
-        [r for r in records if r.get("kind") == "eval" and _finite(r.get("step"))],
+        [r for r in records if r.get("kind") == "eval" and is_finite(r.get("step"))],
     )
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -121,6 +124,9 @@ def render(
         facts=_facts(config, train),
         strips=strips,
         excuse=excuse,
+        analysis=analysis,
+        probe_chart=analysis and probe_chart(analysis.probe),
+        confidence_chart=analysis and confidence_chart(analysis.confidence),
         failures=_failures(failures),
         sections=_sections(config),
         versions=config.get("versions") or {},
@@ -128,23 +134,19 @@ def render(
     )
 
 
-def _finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _percent(value: Any) -> str:
-    return f"{value:.1f}" if _finite(value) else "–"
+    return f"{value:.1f}" if is_finite(value) else "–"
 
 
 def _points(value: Any) -> str:
     """A difference of percentages, with a true minus sign; no sign for what rounds to zero."""
-    if not _finite(value):
+    if not is_finite(value):
         return "–"
     return f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0.0"
 
 
 def _number(value: Any, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" if _finite(value) else "–"
+    return f"{value:.{digits}f}" if is_finite(value) else "–"
 
 
 def _value(value: Any) -> str:
@@ -181,10 +183,10 @@ def final_rows(evals: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _gap(record: dict[str, Any]) -> float | None:
-    if _finite(record.get("gap")):
+    if is_finite(record.get("gap")):
         return record["gap"]
     original, shuffled = record.get("top1"), record.get("shuffled_top1")
-    return original - shuffled if _finite(original) and _finite(shuffled) else None
+    return original - shuffled if is_finite(original) and is_finite(shuffled) else None
 
 
 def _setting(config: dict[str, Any], section: str, key: str) -> Any:
@@ -208,7 +210,7 @@ def _list(words: Sequence[str]) -> str:
 def _state(config: dict[str, Any], train: list[dict[str, Any]]) -> dict[str, Any]:
     done = train[-1]["step"] if train else 0
     planned = config.get("total_steps")
-    if not _finite(planned):
+    if not is_finite(planned):
         return {"done": done, "planned": None, "word": None}
     return {
         "done": done,
@@ -228,12 +230,12 @@ def _cards(final: list[dict[str, Any]]) -> list[dict[str, str]]:
     if "all" in rows and row is not rows["all"]:
         cards.append({"label": "Top-1, all classes", "value": _percent(rows["all"].get("top1"))})
     cards.append({"label": f"Top-1, {where}", "value": _percent(row.get("top1"))})
-    if _finite(row.get("shuffled_top1")):
+    if is_finite(row.get("shuffled_top1")):
         cards += [
             {"label": "The same, frames shuffled", "value": _percent(row["shuffled_top1"])},
             {"label": "Gap in points", "value": _points(row["gap"]), "strong": "yes"},
         ]
-    elif _finite(row.get("top5")):
+    elif is_finite(row.get("top5")):
         cards.append({"label": f"Top-5, {where}", "value": _percent(row["top5"])})
     return cards
 
@@ -241,7 +243,7 @@ def _cards(final: list[dict[str, Any]]) -> list[dict[str, str]]:
 def _finding(final: list[dict[str, Any]]) -> str | None:
     parts = []
     for row in final:
-        if _finite(row["gap"]) and (row["subset"] != "all" or len(final) == 1):
+        if is_finite(row["gap"]) and (row["subset"] != "all" or len(final) == 1):
             where = f"on {SUBSETS.get(row['subset'], row['subset']).lower()}"
             if row["gap"] >= 0.05:
                 parts.append(f"{row['gap']:.1f} points {where}")
@@ -281,13 +283,13 @@ def _size(size: Any) -> str:
 
 
 def _speed(train: list[dict[str, Any]]) -> str | None:
-    rates = [r["clips_per_s"] for r in train if _finite(r.get("clips_per_s"))]
+    rates = [r["clips_per_s"] for r in train if is_finite(r.get("clips_per_s"))]
     if not rates:
         return None
     waits = [
         r["data_s"] / r["step_s"]
         for r in train
-        if _finite(r.get("data_s")) and _finite(r.get("step_s")) and r["step_s"] > 0
+        if is_finite(r.get("data_s")) and is_finite(r.get("step_s")) and r["step_s"] > 0
     ]
     speed = f"{statistics.median(rates):.3g} clips/s"
     if waits:
@@ -305,7 +307,7 @@ def _failures(failures: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         count = record.get("count", 1)
         row = rows.setdefault(key, {"path": key[0], "kind": key[1], "count": 0})
         row["reason"] = record.get("reason") or ""
-        row["count"] += count if _finite(count) else 1
+        row["count"] += count if is_finite(count) else 1
     return sorted(rows.values(), key=lambda r: (-r["count"], r["path"]))
 
 
@@ -318,100 +320,6 @@ def _sections(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if config.get(key):
             sections[heading] = config[key]
     return sections
-
-
-WIDTH, HEIGHT = 520, 250  # of a chart, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 40, 508, 12, 222  # the plotting area
-
-
-@dataclass(frozen=True)
-class Line:
-    """One series of a chart; `tone` names its colour in the style sheet."""
-
-    name: str
-    tone: str
-    points: list[tuple[float, float]]
-    dashed: bool = False
-
-    @property
-    def last(self) -> float:
-        return self.points[-1][1]
-
-
-@dataclass(frozen=True)
-class Chart:
-    lines: list[Line]
-    paths: list[str]  # SVG path data per line
-    dots: list[list[tuple[float, float]]]  # marks per line, empty where there are many points
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    note: str
-
-
-def loss_chart(train: list[dict[str, Any]]) -> Chart | None:
-    lines = []
-    note = ""
-    for key, name in LOSSES.items():
-        points = [(r["step"], r[key]) for r in train if _finite(r.get(key))]
-        if len(points) < 2 or (key != "loss" and not any(y for _, y in points)):
-            continue  # a part that is switched off is zero throughout
-        size = math.ceil(len(points) / 100)
-        if size > 1:
-            note = f"each point is the mean of {size} logged steps"
-        means = []
-        for i in range(0, len(points), size):
-            part = points[i : i + size]
-            means.append((part[-1][0], statistics.fmean(y for _, y in part)))
-        lines.append(Line(name, name, means))
-    return _chart(lines, note)
-
-
-def accuracy_chart(evals: list[dict[str, Any]]) -> Chart | None:
-    protocols = [r.get("protocol") for r in evals]
-    usual = max(protocols, key=protocols.count, default=None)
-    lines = []
-    for subset, label in SUBSETS.items():
-        rows = [
-            r for r in evals if (r.get("subset") or "all") == subset and r.get("protocol") == usual
-        ]
-        for key, suffix, dashed in (("top1", "", False), ("shuffled_top1", ", shuffled", True)):
-            points = [(r["step"], r[key]) for r in rows if _finite(r.get(key))]
-            if len(points) >= 2:
-                name = label.removesuffix(" classes").lower() + suffix
-                lines.append(Line(name, subset, points, dashed))
-    return _chart(lines, "", top=100)
-
-
-def _chart(lines: list[Line], note: str, top: float | None = None) -> Chart | None:
-    if not lines:
-        return None
-    x_max = max(x for line in lines for x, _ in line.points) or 1
-    values = sorted(y for line in lines for _, y in line.points)
-    # one exploding step must not flatten everything else
-    y_max = top or max(values[int(0.99 * (len(values) - 1))] * 1.08, 1e-6)
-    y_min = min(0.0, values[0])
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        up = (min(y, y_max) - y_min) / (y_max - y_min)
-        return LEFT + (RIGHT - LEFT) * x / x_max, BOTTOM - (BOTTOM - TOP) * up
-
-    placed = [[place(x, y) for x, y in line.points] for line in lines]
-    return Chart(
-        lines=lines,
-        paths=["M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) for points in placed],
-        dots=[points if len(points) <= 20 else [] for points in placed],
-        x_ticks=[(place(x, y_min)[0], f"{x:,.0f}") for x in _ticks(0, x_max, 6) if x == int(x)],
-        y_ticks=[(place(0, y)[1], f"{y:g}") for y in _ticks(y_min, y_max, 5)],
-        note=note,
-    )
-
-
-def _ticks(low: float, high: float, about: int) -> list[float]:
-    raw = (high - low) / about
-    base = 10.0 ** math.floor(math.log10(raw))
-    step = next(base * m for m in (1, 2, 5, 10) if base * m >= raw * 0.999)
-    first, last = math.ceil(low / step), math.floor(high / step + 1e-9)
-    return [round(i * step, 10) for i in range(first, last + 1)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

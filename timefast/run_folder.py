@@ -18,7 +18,8 @@ CHANGEABLE = {
     ("run", "out"), ("run", "device"), ("run", "eval_every"), ("run", "log_every"),
     ("run", "save_every"), ("run", "keep"), ("run", "views"), ("run", "shuffles"),
     ("data", "root"), ("data", "workers"), ("data", "max_bad_fraction"),
-    ("data", "max_bad_in_a_row"), ("optim", "max_steps"),
+    ("data", "max_bad_in_a_row"), ("optim", "max_steps"), ("run", "timeout"), ("run", "shard"),
+    ("run", "profile"), ("run", "checkpoint_activations"),
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from timefast.data import Split, has_split, open_videos
+from timefast.data.batch import Record
 from timefast.data.folder import VIDEO_SUFFIXES
 from timefast.errors import InputError
 from timefast.log import JsonLines, to_console
@@ -31,7 +32,7 @@ from timefast.pipelines.manifest import NAME, USABLE, key, read_manifest, stamp
 logger = logging.getLogger("timefast")
 
 LINE_EVERY = 5000  # videos, where there is no terminal for a bar
-Job = tuple[Path, Path, str, bool]  # file, folder it must lie in, its name in the manifest, deep
+Job = tuple[Record, Path, str, bool]  # video, folder it must lie in, its name in the manifest, deep
 
 
 def scan(
@@ -48,13 +49,15 @@ def scan(
     known = read_manifest(manifest)
     found: dict[str, dict[str, Any]] = {}
     jobs: list[Job] = []
-    for path, folder in files:
-        name = key(path, root)
+    for record, folder in files:
+        name = key(record.path, root)
         line = known.get(name)
-        if line and (line["size"], line["mtime_ns"]) == stamp(path) and line["deep"] >= deep:
+        same = line and (line["size"], line["mtime_ns"]) == stamp(record) and line["deep"] >= deep
+        # what training found bad is looked at again: a file server may have had a bad moment
+        if line and same and ("by" not in line or line["verdict"] in USABLE):
             found[name] = line
         else:
-            jobs.append((path, folder, name, deep))
+            jobs.append((record, folder, name, deep))
     workers = workers if workers is not None else len(os.sched_getaffinity(0))
     logger.info("%d videos, %d of them looked at before", len(files), len(found))
     try:
@@ -78,7 +81,7 @@ def scan(
     return found
 
 
-def _files(root: Path) -> Iterator[tuple[Path, Path]]:
+def _files(root: Path) -> Iterator[tuple[Record, Path]]:
     """Each video with the folder under which it must lie."""
     both: tuple[Split, ...] = ("train", "validation")
     splits = [split for split in both if has_split(root, split)]
@@ -88,7 +91,7 @@ def _files(root: Path) -> Iterator[tuple[Path, Path]]:
         for record in videos.records:
             if record.path not in seen:
                 seen.add(record.path)
-                yield record.path, videos.video_root or videos.root
+                yield record, videos.video_root or videos.root
     if splits:
         return
     if not root.is_dir():
@@ -96,7 +99,7 @@ def _files(root: Path) -> Iterator[tuple[Path, Path]]:
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in VIDEO_SUFFIXES:
             seen.add(path)
-            yield path, root
+            yield Record(path.name, path, 0, ""), root
     if not seen:
         raise InputError(f"{root} holds no data set of a known layout and no video files")
 
@@ -119,11 +122,11 @@ def _quiet() -> None:
 
 
 def _look(job: Job) -> dict[str, Any]:
-    path, folder, name, deep = job
-    size, mtime_ns = stamp(path)
+    record, folder, name, deep = job
+    size, mtime_ns = stamp(record)
     line: dict[str, Any] = {"path": name, "size": size, "mtime_ns": mtime_ns, "deep": deep}
     try:
-        held = probe(path, folder, deep=deep)
+        held = probe(record.path, folder, record.within, deep=deep)
     except VideoError as error:
         return {**line, "verdict": error.kind, "reason": error.reason}
     short = held.pop("short")

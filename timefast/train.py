@@ -6,8 +6,6 @@ it. Ctrl-C saves and stops; --resume continues as if nothing had happened.
 
 import dataclasses
 import logging
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,35 +17,31 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from timefast import __version__
+from timefast import __version__, distributed
+from timefast.build import build_model, clip_spec, look_up, refuse_other_videos
 from timefast.checkpoint import (
-    list_checkpoints,
+    Checkpoint,
     load_checkpoint,
     newest_checkpoint,
     prune,
     save_checkpoint,
 )
-from timefast.config import Parser, TrainConfig, add_flags, given_flags
-from timefast.data import open_videos
-from timefast.data.batch import Batch, ClipSpec, Failure
+from timefast.config import Parser, RunConfig, TrainConfig, add_flags, given_flags
+from timefast.data.batch import Batch, Failure, stand_in
 from timefast.data.rng import generator, torch_seed
-from timefast.device import (
-    autocast_for,
-    check_impl,
-    device_name,
-    pick_device,
-    share_cores_with_workers,
-)
+from timefast.device import autocast_for, device_name
 from timefast.errors import InputError, RunError
-from timefast.eval.accuracy import predict, protocol, summarise, table
+from timefast.eval.accuracy import joined, predict, protocol, summarise, table
 from timefast.failures import FailureLog
+from timefast.interrupt import Interrupt, Interrupted
 from timefast.kernels.op import OPS, first_choice
 from timefast.log import JsonLines, read_json_lines, replace_json_lines, to_console
 from timefast.meter import Curves, Progress, Window
 from timefast.methods.time_ssl import TimeMethod
-from timefast.models import VideoTransformer, create_model
+from timefast.models.vit import checkpoint_activations
 from timefast.optim import build_optimizer, learning_rate
 from timefast.pipelines.loader import ClipLoader
+from timefast.profiling import StepProfiler, during
 from timefast.recipes import RECIPES, get_recipe
 from timefast.run_folder import (
     git_commit,
@@ -79,28 +73,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         add_flags(parser)
         args = parser.parse_args(argv)
-        to_console()
-        config = resolve(args.recipe, args.resume, given_flags(args))
-        with Interrupt() as interrupt:
+        to_console(logging.ERROR if distributed.rank() else logging.INFO)
+        flags = given_flags(args)
+        timeout = flags.get(("run", "timeout"), RunConfig().timeout)
+        with distributed.process_group(timeout), Interrupt() as interrupt:
+            config = distributed.from_leader(lambda: resolve(args.recipe, args.resume, flags))
             return Trainer(config, interrupt, resume=args.resume).run()
     except (InputError, NotImplementedError) as error:  # the latter: an --impl that cannot run
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(error, 2)
     except (RunError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(error, 1)
     except OSError as error:  # a full disk, a run folder that went away
-        print(f"error: {error}. Mend it and continue with --resume.", file=sys.stderr)
-        return 1
+        return _failed(f"{error}. Mend it and continue with --resume.", 1)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # torch has no type of its own for it
+        if not distributed.lost_the_others(error):
             raise
-        print(
-            f"error: a decoding process ended: {error} If there was no memory left for it, use "
-            "fewer --workers. Continue with --resume.",
-            file=sys.stderr,
+        return _failed(
+            "another process of this run ended or fell silent, its own message says why. "
+            "Continue with --resume.",
+            1,
         )
-        return 1
+
+
+def _failed(error: Exception | str, code: int) -> int:
+    """Say it, unless another process of the run has said the same; the exit code."""
+    if distributed.first_to_say(str(error)):
+        where = f" (process {distributed.rank()})" if distributed.rank() else ""
+        print(f"error{where}: {error}", file=sys.stderr)
+    return code
 
 
 def _recipe_line(name: str) -> str:
@@ -133,29 +133,6 @@ def resolve(recipe: str | None, resume: bool, flags: dict[tuple[str, str], Any])
     return config.replace({("run", "out"): out})
 
 
-class Interrupt:
-    """Notes the first SIGINT or SIGTERM, for the loop to act on between steps; a second one exits.
-
-    The exit code of an interrupted run is 128 + signal number.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> "Interrupt":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-
-
 class Trainer:
     """One run, from its configuration to its report."""
 
@@ -163,21 +140,28 @@ class Trainer:
         if config.data.root is None:
             from timefast.demo_data import demo_data_folder
 
-            config = config.replace({("data", "root"): demo_data_folder()})
-        assert config.data.root is not None and config.run.out is not None
+            root = distributed.first_on_each_machine(demo_data_folder)
+            config = config.replace({("data", "root"): root})
+        assert config.run.out is not None
         self.run_folder = config.run.out
-        check_impl(config.run.impl)
         self.interrupt = interrupt
-        self.device = pick_device(config.run.device)
-        share_cores_with_workers(self.device)
-        self.autocast, self.precision = autocast_for(self.device, config.run.precision)
-        self.videos = open_videos(config.data.root, "train")
-        self.validation = open_videos(config.data.root, "validation")
+        self.leads = distributed.rank() == 0  # the leader alone writes the run folder
+        self.device, self.videos, self.validation = distributed.together(lambda: look_up(config))
+        refuse_other_videos(self.videos)
         # absolute, so that the run can be evaluated and continued from any folder
         self.config = config = config.replace({("data", "root"): self.videos.root})
         self.spec = clip_spec(config)
-        goes_on = resume and bool(list_checkpoints(self.run_folder))
-        self.model = build_model(config, len(self.videos.classes), initial_weights=not goes_on)
+
+        path = distributed.from_leader(lambda: self._newest() if resume else None)
+        found = None if path is None else distributed.together(lambda: self._read(path))
+        # "auto" means another precision on another device; a run keeps the one it began with
+        precision = config.run.precision if found is None else found.state["precision"]
+        self.autocast, self.precision = autocast_for(self.device, precision)
+        self.model = distributed.first_on_each_machine(
+            lambda: build_model(config, len(self.videos.classes), initial_weights=found is None)
+        )
+        if found is not None:
+            self.model.load_state_dict(found.weights)
         self.model.to(self.device)
         self.method = TimeMethod(
             self.model,
@@ -188,11 +172,17 @@ class Trainer:
                 config.method.smoothing_flow,
             ),
         )
+        self.method.freeze_unread()
+        if config.run.checkpoint_activations != "none":
+            checkpoint_activations(self.model, config.run.checkpoint_activations)
+        self.sharded = config.run.shard and distributed.world_size() > 1
+        if self.sharded:
+            distributed.shard(self.model, ("time_outputs", "paired_outputs"))
+            self.parallel: nn.Module = self.method
+        else:
+            self.parallel = distributed.replicate(self.method, self.device)
         self.optimizer = build_optimizer(self.model, config.optim)
-        # one path for all precisions: a scale of 1 changes no bit, but a gradient that is not
-        # finite is found, and the fused optimizer leaves that step out without asking the host
-        scale = 65536.0 if self.precision == "fp16" else 1.0
-        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=scale)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.loader = self._loader(train=True)
         self.batches_per_epoch = len(self.loader)
         self.steps_per_epoch = -(-self.batches_per_epoch // config.optim.accumulate)
@@ -200,33 +190,47 @@ class Trainer:
         if config.optim.max_steps is not None:
             self.last_step = min(self.last_step, config.optim.max_steps)
 
-        make_run_folder(self.run_folder)
-        self.lock = lock_run(self.run_folder)
+        distributed.from_leader(self._take_folder)
         failures = self.run_folder / "failures.jsonl"
         videos = len(self.videos.records) + len(self.validation.records)
-        self.failures = FailureLog(failures, videos, config.data.max_bad_fraction)
+        self.failures = FailureLog(
+            failures, videos, config.data.max_bad_fraction, writes=self.leads
+        )
         # position: optimizer steps done, epoch, batches of it that are done
         self.step = self.epoch = self.batch = 0
         self.skipped_steps = 0
         self.failed_saves = 0
+        self.news: list[tuple[list[Failure], list[Failure]]] = []  # not yet told the others
         self.noticed: set[tuple[str, str]] = set()
-        if resume:
-            self._restore()
+        if found is not None:
+            self._continue(found)
+        elif resume:
+            logger.info("nothing to resume in %s: starting at step 0", self.run_folder)
         if config.run.compile:  # class logits come from calling the model, the rest from features
             self.model.compile()
             self.model.features = torch.compile(self.model.features)  # type: ignore[method-assign]
 
+        self.record = self._describe()
+        self.evaluated_at = distributed.from_leader(self._open_files)
+        trace = self.run_folder / "profile" if config.run.profile and self.leads else None
+        self.profiler = StepProfiler(trace, self.device)
+        self.curves = Curves(self.run_folder / "tensorboard", self.step)
+
+    def _take_folder(self) -> None:
+        make_run_folder(self.run_folder)
+        self.lock = lock_run(self.run_folder)
+
+    def _open_files(self) -> set[int]:
+        """Cut metrics.jsonl back to this step and write config.json; the steps evaluated at."""
         path = self.run_folder / "metrics.jsonl"
         past = [m for m in read_json_lines(path) if {"kind", "step"} <= m.keys()]
         past = [line for line in past if line["step"] <= self.step]
         # the final evaluation comes again, even if its lines were written before a kill
         past = [m for m in past if m["kind"] != "eval" or m["step"] != self.last_step]
         replace_json_lines(path, past)
-        self.evaluated_at = {line["step"] for line in past if line["kind"] == "eval"}
         self.metrics = JsonLines(path)
-        self.curves = Curves(self.run_folder / "tensorboard", self.step)
-        self.record = self._describe()
         write_json(self.run_folder / "config.json", self.record)
+        return {line["step"] for line in past if line["kind"] == "eval"}
 
     def run(self) -> int:
         """Train, evaluate, report. 0, or 128 + signal number if interrupted."""
@@ -245,19 +249,22 @@ class Trainer:
             )
             return 128 + (self.interrupt.signal or 0)
         finally:
+            self.profiler.close()
             self.loader.close()
             self.curves.close()
-            self.metrics.close()
-            self.lock.close()
+            if self.leads:
+                self.metrics.close()
+                self.lock.close()
         logger.info(
             "%s\nshuffled: mean of %d random frame orders per video\n%s",
             self._protocol(self.config.run.views), self.config.run.shuffles, table(rows),
         )  # fmt: skip
         if len(self.failures):
             logger.info("%d videos could not be used: %s", len(self.failures), self.failures.path)
-        from timefast.report import write_report
+        if self.leads:
+            from timefast.report import write_report
 
-        logger.info("report: %s", write_report(self.run_folder))
+            logger.info("report: %s", write_report(self.run_folder))
         return 0
 
     def _train_epoch(self, window: Window, progress: Progress) -> None:
@@ -268,26 +275,22 @@ class Trainer:
             self._note_failures(batch.failures, batch.notices)
             first = index // accumulate * accumulate
             end = min(first + accumulate, self.batches_per_epoch)
-            # the mean over all clips of a step, however they are spread over batches
+            # the mean over all clips of a step, however they are spread over batches and processes
             share = len(batch.label) / self._clips_between(first, end)
-            window.add(self._forward_backward(batch, index, share), share, batch)
-            if index + 1 < end:
+            last = index + 1 == end
+            window.add(self._forward_backward(batch, index, share, last), share, batch)
+            if not last:
                 continue
 
             lr = learning_rate(config.optim, self.step, self.steps_per_epoch)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.scaler.unscale_(self.optimizer)
-            limit = config.optim.clip_grad or float("inf")
-            window.end_step(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-            self.scaler.step(self.optimizer)
-            self.scaler.update(None if self.precision == "fp16" else 1.0)
-            self.optimizer.zero_grad(set_to_none=True)
+            with during("optimizer"):
+                window.end_step(self._optimizer_step(lr))
             self.step, self.batch = self.step + 1, index + 1
             progress.bar.update(1)
+            self.profiler.end_step()
 
             # looked at once: a signal from here on is one for the next step, which is then saved
-            interrupted = self.interrupt.signal is not None
+            interrupted = self._agree()
             stop = interrupted or self.step == self.last_step
             if self.step % config.run.log_every == 0 or self.step == 1 or stop:
                 self._log(window, progress, lr)
@@ -301,16 +304,60 @@ class Trainer:
             if stop:
                 return
 
-    def _forward_backward(self, batch: Batch, index: int, share: float) -> dict[str, torch.Tensor]:
-        """Losses and gradients of one batch; its random numbers are a function of its position."""
-        seed = self.config.run.seed
-        torch.manual_seed(torch_seed(seed, self.epoch, index, "stochastic depth"))
+    def _optimizer_step(self, lr: float) -> torch.Tensor:
+        """-> the norm of the gradients. A step whose gradients are not finite is left out by the
+        fused optimizer, on the device: nobody asks it for the norm."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.optim.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_grad, norm)
+        norm = distributed.full(norm)
+        if not self.scaler.is_enabled():  # which would say it to the optimizer by this name
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _agree(self) -> bool:
+        """What processes tell each other between two steps: bad videos, a wish to stop."""
+        wish, news = distributed.largest(self.interrupt.signal or 0, len(self.news))
+        if news:
+            told = [entry for part in distributed.gather(self.news) for entry in part]
+            self.news = []
+            for failures, notices in told:
+                self._tell(failures, notices)
+        if wish:
+            self.interrupt.signal = wish
+        return bool(wish)
+
+    def _forward_backward(
+        self, batch: Batch, index: int, share: float, last: bool
+    ) -> dict[str, torch.Tensor]:
+        """Losses and gradients of one batch; its random numbers are a function of its position.
+
+        `share` is the weight of these clips in the step. With the `last` batch of a step gradients
+        are exchanged between the processes.
+        """
+        seed, rank = self.config.run.seed, distributed.rank()
+        purpose = f"stochastic depth {rank}" if rank else "stochastic depth"
+        torch.manual_seed(torch_seed(seed, self.epoch, index, purpose))
         order = generator(seed, self.epoch, index, "debias").permutation(self.spec.frames)
+        if not share:  # fewer clips than processes: one that stands in, with weight 0
+            batch = stand_in(self.spec, 1, 0)
         try:
             batch = batch.to(self.device)
-            with self.autocast():
-                losses = self.method.training_loss(batch, torch.from_numpy(order).to(self.device))
-            self.scaler.scale(losses["total"] * share).backward()
+            order_here = torch.from_numpy(order).to(self.device, non_blocking=True)
+            with distributed.gradient_exchange(self.parallel, last):
+                with self.autocast(), during("forward"):
+                    losses = self.parallel(batch, order_here)
+                # processes average their gradients, and shares are of all their clips together
+                weight = share * distributed.world_size()
+                with during("backward"):
+                    self.scaler.scale(losses["total"] * weight).backward()
         except torch.OutOfMemoryError as error:
             peak = torch.cuda.max_memory_allocated() / 2**30
             raise torch.OutOfMemoryError(
@@ -334,7 +381,8 @@ class Trainer:
         self.curves.add({f"train/{key}": value for key, value in values.items()}, self.step)
         if not self.record["implementations"]:
             self.record["implementations"] = self._implementations()
-            write_json(self.run_folder / "config.json", self.record)
+            if self.leads:
+                write_json(self.run_folder / "config.json", self.record)
         if skipped:
             self.skipped_steps += len(skipped)
             logger.warning(
@@ -348,6 +396,8 @@ class Trainer:
             )
 
     def _write_metrics(self, *lines: dict[str, Any]) -> None:
+        if not self.leads:
+            return
         try:
             self.metrics.write(*lines)
         except OSError as error:  # what the disk did not take stays in the buffer
@@ -355,40 +405,47 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint. A full disk is a warning; the third in a row ends the run."""
+        weights = distributed.whole(self.model.state_dict())
         state = {
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
             "skipped_steps": self.skipped_steps,
             "precision": self.precision,
+            "world_size": distributed.world_size(),
             "data": self.videos.fingerprint(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": distributed.whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "failures": self.failures.state(),
         }
+        error = distributed.from_leader(lambda: self._write(weights, state))
+        self.failed_saves = 0 if error is None else self.failed_saves + 1
+        if self.failed_saves >= MAX_FAILED_SAVES:
+            raise RunError(
+                f"{self.failed_saves} checkpoints in a row could not be written to "
+                f"{self.run_folder}: {error}. Make room and continue with --resume."
+            )
+
+    def _write(self, weights: dict[str, torch.Tensor], state: dict[str, Any]) -> str | None:
+        """-> what went wrong; None if the checkpoint is there."""
         describe = {
             "config": self.model.config,
             "classes": self.record["classes"],
             "normalisation": {"mean": list(self.spec.mean), "std": list(self.spec.std)},
         }
         try:
-            save_checkpoint(self.run_folder, self.step, self.model.state_dict(), state, describe)
+            save_checkpoint(self.run_folder, self.step, weights, state, describe)
             prune(self.run_folder, self.step, self.config.run.keep)
-            self.failed_saves = 0
         except Exception as error:  # torch, safetensors and the system each raise their own
-            self.failed_saves += 1
             logger.warning("checkpoint at step %d not written: %s", self.step, error)
-            if self.failed_saves >= MAX_FAILED_SAVES:
-                raise RunError(
-                    f"{self.failed_saves} checkpoints in a row could not be written to "
-                    f"{self.run_folder}: {error}. Make room and continue with --resume."
-                ) from error
+            return str(error)
+        return None
 
-    def _restore(self) -> None:
-        path = newest_checkpoint(self.run_folder)
-        if path is None:
-            logger.info("nothing to resume in %s: starting at step 0", self.run_folder)
-            return
+    def _newest(self) -> Path | None:
+        return newest_checkpoint(self.run_folder)
+
+    def _read(self, path: Path) -> Checkpoint:
+        """The checkpoint to go on from; refused if the run began with other videos."""
         found = load_checkpoint(path)
         then, now = found.state["data"], self.videos.fingerprint()
         if then != now:
@@ -397,15 +454,28 @@ class Trainer:
                 f"with: {then['videos']} then, {now['videos']} now, or other ids or labels. "
                 "Continue with those (--data), or start a new run in another --out."
             )
-        # "auto" means another precision on another device; a run keeps the one it began with
-        self.autocast, self.precision = autocast_for(self.device, found.state["precision"])
-        self.model.load_state_dict(found.weights)
-        self.optimizer.load_state_dict(found.state["optimizer"])
-        self.scaler.load_state_dict(found.state["scaler"])
-        self.step, self.epoch, self.batch = (found.state[k] for k in ("step", "epoch", "batch"))
-        self.skipped_steps = found.state["skipped_steps"]
-        self.failures.restore(found.state["failures"])
+        return found
+
+    def _continue(self, found: Checkpoint) -> None:
+        state = found.state
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, values in state["optimizer"]["state"].items():
+            like = parameters[index]
+            for name, value in values.items():
+                if value.shape == like.shape:
+                    values[name] = distributed.part_of(value, like)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.epoch, self.batch = (state[k] for k in ("step", "epoch", "batch"))
+        self.skipped_steps = state["skipped_steps"]
+        self.failures.restore(state["failures"])
         logger.info("resuming at step %d, epoch %d", self.step, self.epoch)
+        then, now = state.get("world_size", 1), distributed.world_size()
+        if then != now:
+            logger.info(
+                "the checkpoint is of %d processes, this run has %d: the same batches, but other "
+                "draws of stochastic depth and another order of sums", then, now,
+            )  # fmt: skip
 
     def _evaluate_at_epoch_edge(self, window: Window) -> None:
         due = self.epoch > 0 and self.epoch % self.config.run.eval_every == 0
@@ -417,10 +487,11 @@ class Trainer:
 
     def evaluate(self, views: tuple[int, int], draws: int) -> dict[str, dict[str, Any]]:
         """Accuracy on the validation videos, all and per subset; written to metrics.jsonl."""
+        self.profiler.close()  # of training steps only
         loader = self._loader(train=False, views=views)
-        predictions = predict(
+        own = predict(
             self.model,
-            self._until_interrupted(loader.batches(0), len(loader)),
+            self._until_interrupted(loader.batches(0), len(loader), views[0] * views[1]),
             views=views[0] * views[1],
             draws=draws,
             seed=self.config.run.seed,
@@ -428,7 +499,8 @@ class Trainer:
             autocast=self.autocast,
         )
         loader.close()
-        self._note_failures(predictions.failures, predictions.notices)
+        predictions = joined(distributed.gather(own), len(self.validation.records))
+        self._tell(predictions.failures, predictions.notices)
         subsets = {"all": None, **self.validation.subsets}
         rows = {name: summarise(predictions, self.validation, y) for name, y in subsets.items()}
         place = {"kind": "eval", "step": self.step, "epoch": self.epoch, "split": "validation"}
@@ -442,17 +514,25 @@ class Trainer:
         self.evaluated_at.add(self.step)
         return rows
 
-    def _until_interrupted(self, batches: Iterator[Batch], total: int) -> Iterator[Batch]:
-        for batch in tqdm(batches, "evaluating", total, disable=None, leave=False):
-            if self.interrupt.signal is not None:
+    def _until_interrupted(
+        self, batches: Iterator[Batch], total: int, views: int
+    ) -> Iterator[Batch]:
+        hidden = None if self.leads else True
+        for batch in tqdm(batches, "evaluating", total, disable=hidden, leave=False):
+            if self._agree():
                 raise Interrupted
+            if self.sharded and not len(batch.label):
+                # all processes must run a sharded model, also one without clips in this batch
+                nobody = len(self.validation.records)
+                empty = stand_in(self.spec, views, nobody)
+                batch = dataclasses.replace(empty, failures=batch.failures, notices=batch.notices)
             yield batch
 
     def _loader(self, *, train: bool, views: tuple[int, int] = (1, 1)) -> ClipLoader:
         config = self.config
         size, spec = config.optim.batch_size, self.spec
         if not train:
-            size = max(1, size // (views[0] * views[1]))
+            size = max(distributed.world_size(), size // (views[0] * views[1]))
             spec = dataclasses.replace(spec, flow_rule=None, flow_tau=None)
         return ClipLoader(
             self.videos if train else self.validation,
@@ -465,6 +545,8 @@ class Trainer:
             device=self.device,
             views=views,
             max_bad_in_a_row=config.data.max_bad_in_a_row,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
         )
 
     def _protocol(self, views: tuple[int, int]) -> str:
@@ -472,7 +554,11 @@ class Trainer:
             self.spec.frames, views, self.spec.crop, self.spec.test_short_side, "logits"
         )
 
-    def _note_failures(self, failures: Sequence[Failure], notices: Sequence[Failure]) -> None:
+    def _note_failures(self, failures: list[Failure], notices: list[Failure]) -> None:
+        if failures or notices:
+            self.news.append((failures, notices))
+
+    def _tell(self, failures: Sequence[Failure], notices: Sequence[Failure]) -> None:
         """Say once what is wrong with a video; count those that cannot be used."""
         for failure in self.failures.add(failures):
             logger.warning("not used: %s: %s, %s", failure.path, failure.kind, failure.reason)
@@ -519,50 +605,10 @@ class Trainer:
             "device": device_name(self.device),
             "total_steps": self.last_step,
             "precision": self.precision,
+            "processes": distributed.world_size(),
             "pipeline": self.loader.pipeline,
             "implementations": {},
         }
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop, and everything is saved."""
-
-
-def clip_spec(config: TrainConfig) -> ClipSpec:
-    flow = "flow" in config.method.losses
-    return ClipSpec(
-        frames=config.model.frames,
-        crop=config.model.image_size,
-        short_side=config.data.short_side,
-        test_short_side=config.data.test_short_side,
-        rand_augment=config.data.rand_augment,
-        flow_rule=config.method.flow_rule if flow else None,
-        flow_tau=config.method.flow_tau if flow else None,
-        patch_size=config.model.patch_size,
-    )
-
-
-def build_model(
-    config: TrainConfig, classes: int, *, initial_weights: bool = True
-) -> VideoTransformer:
-    """A new model; the seed decides every random value of it.
-
-    Without `initial_weights` those of an image model are not read: a checkpoint replaces all.
-    """
-    torch.manual_seed(torch_seed(config.run.seed, 0, 0, "initial weights"))
-    fields = dataclasses.asdict(config.model)
-    weights = fields.pop("weights")
-    model = create_model(
-        **fields,
-        num_classes=classes,
-        impl=config.run.impl,
-        time_heads=bool({"order", "flow"} & set(config.method.losses)),
-    )
-    if weights != "none" and initial_weights:
-        from timefast.weights import load_imagenet
-
-        load_imagenet(model, weights)
-    return model
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from torch import Tensor
 from timefast.checkpoint import FORMAT, list_checkpoints, newest_checkpoint, problem
 from timefast.convert import (
     FAMILIES,
+    KEPT,
+    NEVER_READ,
     Converted,
     fit_tables,
     from_imagenet,
@@ -76,6 +78,7 @@ class _Read:
     ours: dict[str, Any] | None = None  # description of a checkpoint of this project
     sizes: dict[str, Any] = field(default_factory=dict)  # from a config.json of Hugging Face
     normalisation: dict[str, list[float]] | None = None  # from a preprocessor_config.json
+    classes: list[str] | None = None  # from a config.json of Hugging Face
 
 
 def load_model(
@@ -129,6 +132,8 @@ def load_model(
         model = _create(read.name, backbone, full)
         _drop_other_heads(converted, model, sizes, full)
     model.normalisation = read.normalisation or {"mean": [mean] * 3, "std": [std] * 3}
+    if read.classes is not None and len(read.classes) == model.num_classes:
+        model.classes = read.classes
     _apply(model, converted, LoadReport(read.name, family, _sha256(read.file)))
     _account(model, strict)
     return model
@@ -174,6 +179,16 @@ def describe(model: VideoTransformer) -> dict[str, Any]:
     }
 
 
+def never_read(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a published file that its own model does not read, by their names there; of a
+    file of this project, those kept from the file it was converted from."""
+    read = _read(source)
+    if read.ours is not None:
+        return {k.removeprefix(KEPT): v for k, v in read.state.items() if k.startswith(KEPT)}
+    unused = to_native(read.state, recognise(read.state)).unused
+    return {key: read.state[key] for key, why in unused.items() if why == NEVER_READ}
+
+
 # ---- reading
 
 
@@ -189,6 +204,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> _Read:
         read.name = str(path)
         if (path.parent / "config.json").exists():
             read.sizes = _huggingface_sizes(path.parent / "config.json")
+            read.classes = _huggingface_classes(path.parent / "config.json")
             read.normalisation = _huggingface_normalisation(path.parent)
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
@@ -251,6 +267,18 @@ def _huggingface_sizes(file: Path) -> dict[str, Any]:
         )
     names = {"num_attention_heads": "heads", "image_size": "image_size", "num_frames": "frames"}
     return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+
+
+def _huggingface_classes(file: Path) -> list[str] | None:
+    """Class names without square brackets; None for the names that stand for having none."""
+    names = _read_json(file).get("id2label") or {}
+    try:
+        named = sorted((int(i), str(name)) for i, name in names.items())
+    except (AttributeError, ValueError) as error:
+        raise InputError(f"{file}: id2label is not a list of class names ({error})") from error
+    if not named or all(name == f"LABEL_{i}" for i, name in named):
+        return None
+    return [name.replace("[", "").replace("]", "") for _, name in named]
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -343,8 +371,12 @@ def _load_ours(
         raise InputError(f"{read.name} holds a {home}, not a {backbone}")
     _refuse_unknown(home, config)
     _refuse_contradictions(read.name, described, config, home)
+    converted = Converted({k: v for k, v in read.state.items() if not k.startswith(KEPT)})
+    converted.unused = {k.removeprefix(KEPT): NEVER_READ for k in read.state if k.startswith(KEPT)}
     full = {**described, "impl": "auto", **config}
-    converted = Converted(dict(read.state))
+    if home != "timesformer":  # tables keep their size, whatever clip is asked for
+        told = sizes_of(converted.state, home, described["image_size"])
+        full |= {k: told[k] for k in ("table_size", "embed_frames") if k in told}
     if home == "timesformer":
         fit_tables(converted, full, described)
     model = _create(read.name, home, full)
@@ -409,6 +441,12 @@ _ADAPTABLE = {
 def _refuse_contradictions(
     name: str, told: Mapping[str, Any], config: Mapping[str, Any], backbone: str
 ) -> None:
+    there, wanted = told.get("frames"), config.get("frames")
+    if backbone == "motionformer" and None not in (there, wanted) and there != wanted:
+        raise InputError(
+            f"{name} holds a motionformer of {there} frames; no rule was published for resizing "
+            f"its table to {wanted}"
+        )
     for key, value in config.items():
         if key in told and key not in _ADAPTABLE and _plain(told[key]) != _plain(value):
             raise InputError(f"{name} holds a {backbone} with {key}={told[key]}, not {value}")

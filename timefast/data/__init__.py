@@ -3,13 +3,17 @@
 from pathlib import Path
 from typing import Literal
 
-from timefast.data import folder, ssv2
+from timefast.data import folder, kinetics, shards, ssv2, ucf_hmdb
 from timefast.data.batch import VideoSet
 from timefast.errors import InputError
 
 Split = Literal["train", "validation"]
 _LAYOUTS = (
     (ssv2.find, ssv2.load),
+    (kinetics.find, kinetics.load),
+    (ucf_hmdb.find_ucf, ucf_hmdb.load_ucf),
+    (ucf_hmdb.find_hmdb, ucf_hmdb.load_hmdb),
+    (shards.find, shards.load),
     (folder.find_list, folder.load_list),
     (folder.find_classes, folder.load_classes),
 )
@@ -18,7 +22,8 @@ _LAYOUTS = (
 def open_videos(root: str | Path, split: Split) -> VideoSet:
     """One split of the data set in the folder `root`, whose layout is recognised.
 
-    Layouts: Something-Something v2 (data/ssv2.py), lists and class folders (data/folder.py).
+    Layouts: Something-Something v2 (data/ssv2.py), Kinetics (kinetics.py), UCF101 and HMDB51
+    (ucf_hmdb.py), WebDataset tar files (shards.py), lists and class folders (folder.py).
     Raises InputError if there is none of them or its files do not fit each other.
     """
     if split not in ("train", "validation"):
@@ -37,7 +42,8 @@ def open_videos(root: str | Path, split: Split) -> VideoSet:
     raise InputError(
         f"{root} holds no {split} split of a layout known here. Expected one of: "
         f"something-something-v2-{split}.json or {split}.json (Something-Something v2), "
-        f"{split}.csv (lines `path label`), or a folder {split}/ with a folder per class. "
+        f"{split}.csv (lines `path label`, or Kinetics' own), the split files of UCF101 or HMDB51, "
+        f"{split}-*.tar (WebDataset), or a folder {split}/ with a folder per class. "
         f"Found: {', '.join(entries[:8]) + (', ...' if len(entries) > 8 else '') or 'nothing'}"
     )
 

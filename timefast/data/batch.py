@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,8 @@ class Record:
     path: Path
     label: int
     template: str  # class name as the split file spells it, without square brackets
+    # in a tar file: that file, first byte and number of bytes; `path` is then tar file / member
+    within: tuple[Path, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Batch:
     flow_label: torch.Tensor | None = None  # int64 [B, T-1, N], classes 0..8
     failures: list[Failure] = field(default_factory=list)
     notices: list[Failure] = field(default_factory=list)  # used, but "short" or "views-collapsed"
+    found: dict[int, dict[str, Any]] = field(default_factory=dict)  # sample -> news for a manifest
 
     def to(self, device: torch.device | str) -> "Batch":
         return self._map(lambda x: x.to(device, non_blocking=True))
@@ -86,9 +89,30 @@ class Batch:
         """The same in page-locked memory; a DataLoader calls this by name."""
         return self._map(torch.Tensor.pin_memory)
 
+    def used_on(self, device: torch.device) -> "Batch":
+        """This batch, made on another stream; its memory is kept for the current one's use."""
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            for tensor in (self.video, self.label, self.sample, self.view, self.flow_label):
+                if tensor is not None:
+                    tensor.record_stream(stream)
+        return self
+
     def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         flow = None if self.flow_label is None else move(self.flow_label)
         return Batch(
             move(self.video), move(self.label), move(self.sample), move(self.view), flow,
-            self.failures, self.notices,
+            self.failures, self.notices, self.found,
         )  # fmt: skip
+
+
+def stand_in(spec: ClipSpec, clips: int, sample: int) -> Batch:
+    """Black clips for a process that has none of a batch but must compute with the others."""
+    patches = (spec.crop // spec.patch_size) ** 2
+    return Batch(
+        video=torch.zeros(clips, 3, spec.frames, spec.crop, spec.crop),
+        label=torch.zeros(clips, dtype=torch.int64),
+        sample=torch.full((clips,), sample),
+        view=torch.arange(clips),
+        flow_label=torch.zeros(clips, spec.frames - 1, patches, dtype=torch.int64),
+    )

@@ -8,9 +8,11 @@ stand there as one. All seventeen are kept here.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from timefast.data.annotation import read_json, refuse
+from timefast.data.annotation import read_json, read_text, refuse
+from timefast.data.batch import VideoSet
 from timefast.errors import InputError
 
 _TEMPORAL = (
@@ -92,6 +94,46 @@ def read_subsets(path: Path, label_of: Mapping[str, int]) -> dict[str, tuple[int
         subset: tuple(sorted({label_of[_plain(name)] for name in names}))
         for subset, names in found.items()
     }
+
+
+def labels_of(videos: VideoSet, name: str) -> tuple[int, ...]:
+    """Labels of a subset of the data set, or of the classes that a file names, one a line.
+
+    Raises InputError if `name` is neither, or a name in the file is not of a class.
+    """
+    if name in videos.subsets:
+        return videos.subsets[name]
+    file = Path(name)
+    if not file.is_file():
+        known = ", ".join(videos.subsets) or "none here"
+        raise InputError(f"--subset {name}: neither a file nor a subset of this data set ({known})")
+    label_of = {c: label for label, c in enumerate(videos.classes)}
+    names = [_plain(line.strip()) for line in read_text(file).splitlines() if line.strip()]
+    unknown = [n for n in names if n not in label_of]
+    if unknown or not names:
+        raise InputError(
+            f"--subset {file}: not class names of {videos.root}: {unknown[:3] or 'empty file'}"
+        )
+    return tuple(sorted({label_of[n] for n in names}))
+
+
+def restrict(videos: VideoSet, labels: Sequence[int]) -> VideoSet:
+    """The data set of these classes alone, numbered anew from 0 in the order given."""
+    new = {old: label for label, old in enumerate(labels)}
+    records = tuple(
+        replace(r, label=new[r.label]) for r in videos.records if r.label in new
+    )  # fmt: skip
+    if not records:
+        raise InputError(
+            f"{videos.root} has no {videos.split} video of the {len(labels)} classes of the subset"
+        )
+    kept = {
+        subset: tuple(new[old] for old in members)
+        for subset, members in videos.subsets.items()
+        if new.keys() >= set(members)
+    }
+    classes = tuple(videos.classes[old] for old in labels)
+    return replace(videos, records=records, classes=classes, subsets=kept)
 
 
 def _plain(template: str) -> str:

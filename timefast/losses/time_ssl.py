@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timefast.profiling import during
+
 
 class _Outputs(Protocol):
     logits: Tensor
@@ -18,9 +20,11 @@ class _Outputs(Protocol):
 
 
 class _Model(Protocol):
-    def __call__(self, video: Tensor) -> Tensor: ...
-
     def time_outputs(self, video: Tensor, *, order: bool, flow: bool) -> _Outputs: ...
+
+    def paired_outputs(
+        self, video: Tensor, permutation: Tensor | Sequence[int], *, order: bool, flow: bool
+    ) -> tuple[_Outputs, Tensor]: ...
 
 
 def order_loss(order_logits: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -81,27 +85,31 @@ def time_losses(
     video [B, 3, T, height, width]; labels int [B]; flow_labels int [B, T-1, N] (None allowed when
     flow has weight 0); permutation: order of the frames of the debiasing pass, one for all clips
     (None allowed when debias has weight 0). `weights` are those of order, debias and flow; a weight
-    of 0 skips the computation (debias: a second pass through the model) and reports 0.
+    of 0 skips the computation (debias: the pass over shuffled frames) and reports 0.
     `label_smoothing` is one value, or those of ce, order and flow as a tuple or by name; debias
     has none. The parts are reported without their weights.
     """
     w_order, w_debias, w_flow = weights
     s_ce, s_order, s_flow = _smoothing(label_smoothing)
-    out = model.time_outputs(video, order=w_order != 0, flow=w_flow != 0)
-    ce = F.cross_entropy(out.logits.float(), labels, label_smoothing=s_ce)
-    order = debias = flow = ce.new_zeros(())
-    if out.order is not None:
-        order = order_loss(out.order, label_smoothing=s_order)
-    if w_debias != 0:
-        if permutation is None:
-            raise ValueError("permutation: expected an order of the frames, got None")
-        shuffled = video.index_select(2, torch.as_tensor(permutation, device=video.device))
-        debias = debias_loss(model(shuffled))
-    if out.flow is not None:
-        if flow_labels is None:
-            raise ValueError("flow_labels: expected labels [B, T-1, N], got None")
-        flow = flow_loss(out.flow, flow_labels, label_smoothing=s_flow)
-    total = ce + w_order * order + w_debias * debias + w_flow * flow
+    heads = {"order": w_order != 0, "flow": w_flow != 0}
+    if w_debias == 0:
+        out = model.time_outputs(video, **heads)
+    elif permutation is None:
+        raise ValueError("permutation: expected an order of the frames, got None")
+    else:
+        out, shuffled = model.paired_outputs(video, permutation, **heads)
+    with during("losses"):
+        ce = F.cross_entropy(out.logits.float(), labels, label_smoothing=s_ce)
+        order = debias = flow = ce.new_zeros(())
+        if out.order is not None:
+            order = order_loss(out.order, label_smoothing=s_order)
+        if w_debias != 0:
+            debias = debias_loss(shuffled)
+        if out.flow is not None:
+            if flow_labels is None:
+                raise ValueError("flow_labels: expected labels [B, T-1, N], got None")
+            flow = flow_loss(out.flow, flow_labels, label_smoothing=s_flow)
+        total = ce + w_order * order + w_debias * debias + w_flow * flow
     return {"total": total, "ce": ce, "order": order, "debias": debias, "flow": flow}
 
 

@@ -26,6 +26,16 @@ class TimeMethod(nn.Module):
         super().__init__()
         self.model, self.weights, self.label_smoothing = model, weights, label_smoothing
 
+    def freeze_unread(self) -> None:
+        """Let the heads whose loss has weight 0 ask for no gradient: processes that exchange
+        gradients would wait for theirs."""
+        if self.model.has_time_heads:
+            order, _, flow = self.weights
+            unread = () if order else self.model.order_heads()
+            unread += () if flow else self.model.flow_heads()
+            for head in unread:
+                head.requires_grad_(False)
+
     def training_loss(self, batch: Batch, permutation: Tensor | None) -> dict[str, Tensor]:
         """Losses total, ce, order, debias, flow of a batch; `permutation` [T] is the order of
         frames of the debiasing pass, the same for all clips."""
@@ -34,4 +44,5 @@ class TimeMethod(nn.Module):
             weights=self.weights, label_smoothing=self.label_smoothing,
         )  # fmt: skip
 
-    forward = training_loss
+    def forward(self, batch: Batch, permutation: Tensor | None) -> dict[str, Tensor]:
+        return self.training_loss(batch, permutation)

@@ -22,18 +22,20 @@ from timefast.models.vit import (
     NORM_EPS,
     Attention,
     Block,
-    Features,
     Mlp,
     PatchEmbed,
     PreLogits,
+    attend_once,
     drop_path_rates,
     grid_of,
     init_published,
     init_scratch,
     keep_scale,
+    last_block,
     resize_grid,
     table_size_of,
 )
+from timefast.profiling import part
 
 
 class TubeEmbed(nn.Module):
@@ -45,6 +47,7 @@ class TubeEmbed(nn.Module):
         # a convolution by name, shape and initialisation, as in the published checkpoints
         self.proj = nn.Conv3d(3, dim, kernel_size=size, stride=size)
 
+    @part("patch embedding")
     def forward(self, video: Tensor) -> Tensor:
         """video [B, 3, T*tube, height, width] -> [B, T, gh, gw, C]."""
         tube, p, _ = self.proj.kernel_size
@@ -70,6 +73,7 @@ class TrajectoryAttention(Attention):
         self.proj_q = nn.Linear(dim, dim)
         self.proj_kv = nn.Linear(dim, 2 * dim)
 
+    @part("trajectory attention")
     def attend(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """cls [B, C], x [B, T, N, C] -> the same shapes."""
         q, k, v = self.split(x)
@@ -85,10 +89,10 @@ class TrajectoryAttention(Attention):
             cls_out = class_attention((cls_q, cls_k, cls_v), k, v)
         return self.merge(cls_out), self.merge(out)
 
+    @part("trajectory attention")
     def class_only(self, cls: Tensor, x: Tensor) -> Tensor:
         """The first of `attend`'s results, without any trajectory."""
-        _, k, v = self.split(x)
-        out = self.merge(class_attention(self.split(cls), k, v))
+        out = self.merge(class_attention(self.split(cls), *self.keys_and_values(x)))
         # zero gradients, not none: optimizers and DDP make a difference between the two
         unread = (*self.proj_q.parameters(), *self.proj_kv.parameters())
         return out + 0 * torch.stack([p.flatten()[0] for p in unread]).sum()
@@ -107,9 +111,8 @@ def class_attention(cls: Sequence[Tensor], k: Tensor, v: Tensor) -> Tensor:
     """Query, key and value of the class token, each [B, H, D], and k, v [B, T, N, H, D] of the
     patches -> [B, H, D]: the class token over all tokens of the clip."""
     cls_q, cls_k, cls_v = cls
-    keys = torch.cat([cls_k[:, None], k.flatten(1, 2)], 1).transpose(1, 2)  # [B, H, 1+S, D]
-    values = torch.cat([cls_v[:, None], v.flatten(1, 2)], 1).transpose(1, 2)
-    return F.scaled_dot_product_attention(cls_q[:, :, None], keys, values)[:, :, 0]
+    keys = torch.cat([cls_k[:, None], k.flatten(1, 2)], 1)  # [B, 1+S, H, D]
+    return attend_once(cls_q, keys, torch.cat([cls_v[:, None], v.flatten(1, 2)], 1))
 
 
 def orthoformer(q: Tensor, k: Tensor, v: Tensor, landmarks: int, first: Tensor) -> Tensor:
@@ -189,6 +192,7 @@ class DividedBlock(nn.Module):
         rest = None if cls_only else self.mlp(self.norm2(x))
         return _add(self, cls, x, self.mlp(self.norm2(cls)), rest)
 
+    @part("time and space attention")
     def attend(
         self, attn: Attention, cls: Tensor, x: Tensor, over_time: bool
     ) -> tuple[Tensor, Tensor]:
@@ -204,7 +208,7 @@ def _add(
     block: nn.Module, cls: Tensor, x: Tensor, cls_residual: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Residuals onto class token and patches, with one draw of stochastic depth per clip."""
-    clip = keep_scale(block, (len(cls), 1), cls)
+    clip = keep_scale(block, (cls.shape[0], 1), cls)
     cls = cls + (cls_residual if clip is None else clip * cls_residual)
     if residual is not None:
         x = x + (residual if clip is None else clip[:, :, None, None] * residual)
@@ -316,44 +320,41 @@ class Motionformer(VideoTransformer):
         else:
             raise ValueError(f"init: expected published or scratch, got {init!r}")
 
-    def features(self, video: Tensor) -> Features:
-        cls, x = self._run(video, cls_only=False)
-        return Features(self.pre_logits(self.norm(cls)), self.pre_logits(self.norm(x)))
+    def embed(self, video: Tensor) -> Tensor:
+        embed = self.patch_embed_3d if hasattr(self, "patch_embed_3d") else self.patch_embed
+        x = embed(video)
+        if x.shape[1] != self.length:
+            raise ValueError(
+                f"video: expected {self.frames} frames, got {video.shape[2]}; Motionformer has no "
+                "rule for other numbers than those it was made for"
+            )
+        return x
 
-    def forward(self, video: Tensor) -> Tensor:
-        cls, _ = self._run(video, cls_only=True)
-        return self.classify(self.pre_logits(self.norm(cls)))
-
-    def classify(self, cls: Tensor) -> Tensor:
-        return self.head(cls)
-
-    def _run(self, video: Tensor, cls_only: bool) -> tuple[Tensor, Tensor]:
-        """-> class token [B, C] and patches [B, T, N, C] before the final norm."""
-        cls, x, cls_time, time = self._embed(video)
+    def run(self, x: Tensor, whole: int | None = None) -> tuple[Tensor, Tensor]:
+        cls, x, cls_time, time = self._place(x)
         T, N = x.shape[1:3]
         if self.attention == "joint":
             z = torch.cat([cls[:, None], x.flatten(1, 2)], 1)  # [B, 1+T*N, C]
             again = torch.cat([cls_time[None], time.expand(T, N, -1).flatten(0, 1)])
             for i, block in enumerate(self.blocks):
                 z = block(z + again if self.time_embed_every_block and i > 0 else z)
-            return z[:, 0], z[:, 1:].unflatten(1, (T, N))
-        for i, block in enumerate(self.blocks):
-            if self.time_embed_every_block and i > 0:
-                cls, x = cls + cls_time, x + time
-            cls, x = block(cls, x, cls_only=cls_only and i == len(self.blocks) - 1)
-        return cls, x
+            cls, x = z[:, 0], z[:whole, 1:].unflatten(1, (T, N))
+        else:
+            for block in self.blocks[:-1]:
+                cls, x = block(cls, x)
+                if self.time_embed_every_block:
+                    cls, x = cls + cls_time, x + time
+            cls, x = last_block(self.blocks[-1], cls, x, whole)
+        return self.pre_logits(self.norm(cls)), self.pre_logits(self.norm(x))
 
-    def _embed(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @part("heads")
+    def classify(self, cls: Tensor) -> Tensor:
+        return self.head(cls)
+
+    def _place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> class token [B, C] and patches [B, T, N, C] with their embeddings, and what of these
         tells the time: [C] for the class token, [T, 1 or N, C] for the patches."""
-        embed = self.patch_embed_3d if hasattr(self, "patch_embed_3d") else self.patch_embed
-        x = embed(video)  # [B, T, gh, gw, C]
         B, T, gh, gw, _ = x.shape
-        if self.length != T:
-            raise ValueError(
-                f"video: expected {self.frames} frames, got {video.shape[2]}; Motionformer has no "
-                "rule for other numbers than those it was made for"
-            )
         x, cls = x.flatten(2, 3), self.cls_token[0, 0]
         if self.position == "joint":
             if (gh, gw) != self.grid:

@@ -22,17 +22,20 @@ from timefast.models.vit import (
     NORM_EPS,
     Attention,
     Block,
-    Features,
     Mlp,
     PatchEmbed,
+    attend_once,
     drop_path_rates,
     grid_of,
     init_published,
     init_scratch,
     keep_scale,
+    last_block,
+    merged,
     resize_frames,
     resize_grid,
 )
+from timefast.profiling import part
 
 
 class DividedBlock(nn.Module):
@@ -58,7 +61,7 @@ class DividedBlock(nn.Module):
         x = x + self.time_step(x)
         cls_residual, residual = self.space_step(cls, x, cls_only)
         cls = cls + cls_residual
-        clip = keep_scale(self, (len(cls), 1), cls)  # one draw per clip, for class and patches
+        clip = keep_scale(self, (cls.shape[0], 1), cls)  # one draw per clip, for class and patches
         cls_residual = self.mlp(self.norm2(cls))
         cls = cls + (cls_residual if clip is None else clip * cls_residual)
         if residual is None:
@@ -68,6 +71,7 @@ class DividedBlock(nn.Module):
         x = x + (residual if clip is None else clip[:, :, None, None] * residual)
         return cls, x
 
+    @part("time attention")
     def time_step(self, x: Tensor) -> Tensor:
         """Each patch position over its own frames; the class token takes no part."""
         B, _, N, _ = x.shape
@@ -75,23 +79,28 @@ class DividedBlock(nn.Module):
         out = ops.time_attention(q, k, v, impl=self.impl).flatten(-2)  # [B, T, N, C]
         # temporal_fc follows the output projection with nothing but a drop in between, so the two
         # are one matrix: W_fc m (W o + b) + b_fc = m (W_fc W) o + m W_fc b + b_fc
-        proj, fc = self.temporal_attn.proj, self.temporal_fc
-        weight, bias = fc.weight @ proj.weight, fc.weight @ proj.bias
+        fc = self.temporal_fc
+        weight, bias = merged(fc, self.temporal_attn.proj)
         position = keep_scale(self, (B, 1, N, 1), x)  # one draw per clip and patch position
         if position is None:
             return F.linear(out, weight, bias + fc.bias)
         return position * F.linear(out, weight, bias) + fc.bias  # the bias of fc survives a drop
 
+    @part("space attention")
     def space_step(self, cls: Tensor, x: Tensor, cls_only: bool) -> tuple[Tensor, Tensor | None]:
         """Each frame's patches and the class token within the frame; the class token's T answers
         are averaged. The residual of the patches is None if `cls_only`."""
         B, T = x.shape[:2]
-        q, k, v = self.attn.split(self.norm1(x))  # [B, T, N, H, D]
         frame = keep_scale(self, (B, T), x)  # one draw per clip and frame
-        out, cls_out = ops.space_attention(
-            q, k, v, *self.attn.split(self.norm1(cls)),
-            frame_weight=None if frame is None else frame / T, impl=self.impl,
-        )  # fmt: skip
+        weight = None if frame is None else frame / T
+        of_class = self.attn.split(self.norm1(cls))
+        if cls_only:
+            cls_out = self.class_over_frames(of_class, self.norm1(x), weight)
+        else:
+            q, k, v = self.attn.split(self.norm1(x))  # [B, T, N, H, D]
+            out, cls_out = ops.space_attention(
+                q, k, v, *of_class, frame_weight=weight, impl=self.impl
+            )
         cls_residual = self.attn.merge(cls_out)
         if frame is not None:
             # the published mean over frames of w (W o + b) is W (mean w o) + b mean w
@@ -100,6 +109,19 @@ class DividedBlock(nn.Module):
             return cls_residual, None
         residual = self.attn.merge(out)
         return cls_residual, residual if frame is None else frame[:, :, None, None] * residual
+
+    def class_over_frames(
+        self, of_class: tuple[Tensor, ...], x: Tensor, frame_weight: Tensor | None
+    ) -> Tensor:
+        """The second result of `ops.space_attention` without the first. -> [B, H, D]"""
+        B, T = x.shape[:2]
+        q, *rest = (y[:, None].expand(-1, T, -1, -1).flatten(0, 1) for y in of_class)
+        tokens = (y.flatten(0, 1) for y in self.attn.keys_and_values(x))  # [B*T, N, H, D]
+        k, v = (torch.cat([y[:, None], z], 1) for y, z in zip(rest, tokens, strict=True))
+        out = attend_once(q, k, v).unflatten(0, (B, T))
+        if frame_weight is None:
+            return out.mean(1)
+        return (frame_weight.to(out.dtype)[:, :, None, None] * out).sum(1)
 
 
 class TimeSformer(VideoTransformer):
@@ -169,33 +191,32 @@ class TimeSformer(VideoTransformer):
         else:
             raise ValueError(f"init: expected published or scratch, got {init!r}")
 
-    def features(self, video: Tensor) -> Features:
-        cls, x = self._run(video, cls_only=False)
-        return Features(self.norm(cls), self.norm(x))
+    def embed(self, video: Tensor) -> Tensor:
+        return self.patch_embed(video)
 
-    def forward(self, video: Tensor) -> Tensor:
-        cls, _ = self._run(video, cls_only=True)
-        return self.classify(self.norm(cls))
+    def run(self, x: Tensor, whole: int | None = None) -> tuple[Tensor, Tensor]:
+        cls, x, time = self._place(x)
+        again = time if self.time_embed_every_block else None
+        if self.attention == "divided":
+            cls, x = self._divided(cls, x, again, whole)
+        elif self.attention == "joint":
+            cls, x = self._joint(cls, x, again)
+        else:
+            cls, x = self._space(cls, x)
+        return self.norm(cls), self.norm(x[:whole])
 
+    @part("heads")
     def classify(self, cls: Tensor) -> Tensor:
         return self.head(cls)
 
-    def _run(self, video: Tensor, cls_only: bool) -> tuple[Tensor, Tensor]:
-        """-> class token [B, C] and patches [B, T, N, C] before the final norm."""
-        cls, x, time = self._embed(video)
-        again = time if self.time_embed_every_block else None
-        if self.attention == "divided":
-            return self._divided(cls, x, again, cls_only)
-        return self._joint(cls, x, again) if self.attention == "joint" else self._space(cls, x)
-
     def _divided(
-        self, cls: Tensor, x: Tensor, again: Tensor | None, cls_only: bool
+        self, cls: Tensor, x: Tensor, again: Tensor | None, whole: int | None
     ) -> tuple[Tensor, Tensor]:
-        for i, block in enumerate(self.blocks):
-            if again is not None and i > 0:
+        for block in self.blocks[:-1]:
+            cls, x = block(cls, x)
+            if again is not None:
                 x = x + again
-            cls, x = block(cls, x, cls_only=cls_only and i == len(self.blocks) - 1)
-        return cls, x
+        return last_block(self.blocks[-1], cls, x, whole)
 
     def _joint(self, cls: Tensor, x: Tensor, again: Tensor | None) -> tuple[Tensor, Tensor]:
         T, N = x.shape[1:3]
@@ -215,9 +236,8 @@ class TimeSformer(VideoTransformer):
         z = z.unflatten(0, (B, T))
         return z[:, :, 0].mean(1), z[:, :, 1:]
 
-    def _embed(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> class token [B, C], patches [B, T, N, C] with their embeddings, time [T, 1, C]."""
-        x = self.patch_embed(video)  # [B, T, gh, gw, C]
         B, T, gh, gw, _ = x.shape
         cls_pos, pos = self.pos_embed[0, 0], self.pos_embed[0, 1:]
         x = x.flatten(2, 3) + resize_grid(pos, self.grid, (gh, gw), "nearest")

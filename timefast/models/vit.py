@@ -7,10 +7,14 @@ K classes. Module names are those of the published checkpoints.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from timefast.profiling import part
 
 NORM_EPS = 1e-6  # LayerNorm of every backbone (the temporal head of X-ViT has torch's 1e-5)
 
@@ -59,6 +63,7 @@ class PatchEmbed(nn.Module):
         # a convolution by name, shape and initialisation, as in the published checkpoints
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
+    @part("patch embedding")
     def forward(self, video: Tensor) -> Tensor:
         """video [B, 3, T, height, width] -> [B, T, gh, gw, C]."""
         if video.ndim != 5 or video.shape[1] != 3:
@@ -73,6 +78,15 @@ class PatchEmbed(nn.Module):
         patches = video.unflatten(4, (gw, p)).unflatten(3, (gh, p))  # [B, 3, T, gh, p, gw, p]
         patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)  # [B, T, gh, gw, 3*p*p]
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def merged(second: nn.Linear, first: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of second(first(x)) as one linear map, formed in float32 under autocast too.
+
+    A product of two C x C matrices per step, instead of one more with every token.
+    """
+    with torch.autocast(first.weight.device.type, enabled=False):
+        return second.weight @ first.weight, second.weight @ first.bias
 
 
 class Attention(nn.Module):
@@ -90,14 +104,33 @@ class Attention(nn.Module):
         """x [..., C] -> q, k, v [..., H, D]: strided views of one projection, nothing copied."""
         return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
 
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [..., C] -> k, v [..., H, D], where nobody reads queries."""
+        C, bias = x.shape[-1], self.qkv.bias
+        both = F.linear(x, self.qkv.weight[C:], None if bias is None else bias[C:])
+        return both.unflatten(-1, (2, self.heads, -1)).unbind(-3)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x [..., C] -> q [..., H, D]."""
+        C, bias = x.shape[-1], self.qkv.bias
+        q = F.linear(x, self.qkv.weight[:C], None if bias is None else bias[:C])
+        return q.unflatten(-1, (self.heads, -1))
+
     def merge(self, out: Tensor) -> Tensor:
         """out [..., H, D] -> [..., C]."""
         return self.proj(out.flatten(-2))
 
+    @part("attention")
     def forward(self, x: Tensor) -> Tensor:
         """Plain attention over the tokens of x [..., S, C]."""
         q, k, v = (y.transpose(-3, -2) for y in self.split(x))  # [..., H, S, D]
         return self.merge(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2))
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One query q [A, H, D] over k, v [A, S, H, D] -> [A, H, D]."""
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q[:, :, None], k, v)[:, :, 0]
 
 
 class Mlp(nn.Module):
@@ -106,6 +139,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
         self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
 
+    @part("mlp")
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
@@ -159,8 +193,41 @@ class Block(nn.Module):
         return z + self.drop(self.mlp(self.norm2(z)))
 
     def drop(self, residual: Tensor) -> Tensor:
-        scale = keep_scale(self, (len(residual), 1, 1), residual)
+        scale = keep_scale(self, (residual.shape[0], 1, 1), residual)
         return residual if scale is None else residual * scale
+
+
+def checkpoint_activations(model: nn.Module, what: str) -> None:
+    """Let the backward pass compute activations again instead of keeping them, in place.
+
+    "mlp": those inside of every MLP, its hidden layer of `mlp_ratio` times the width, for one more
+    of its first products. "blocks": all inside of every block, for one more forward pass.
+    """
+    kinds = {"mlp": Mlp, "blocks": nn.Module}
+    if what not in kinds:
+        raise ValueError(f"checkpoint_activations: expected mlp or blocks, got {what!r}")
+    for block in model.blocks:  # type: ignore[union-attr]
+        for module in [block] if what == "blocks" else block.modules():
+            if isinstance(module, kinds[what]):
+                module.forward = _again(module.forward)  # type: ignore[method-assign]
+
+
+def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def last_block(
+    block: nn.Module, cls: Tensor, x: Tensor, whole: int | None
+) -> tuple[Tensor, Tensor]:
+    """block(cls, x) of the first `whole` clips (None: of all), and of the others only its class
+    tokens. -> class tokens [B, C] of all, patches [whole, T, N, C]."""
+    if whole is None:
+        return block(cls, x)
+    if whole == 0:
+        return block(cls, x, cls_only=True)[0], x[:0]
+    first, tokens = block(cls[:whole], x[:whole])
+    rest, _ = block(cls[whole:], x[whole:], cls_only=True)
+    return torch.cat([first, rest]), tokens
 
 
 def keep_scale(module: nn.Module, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
@@ -204,11 +271,11 @@ def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode:
 def init_published(module: nn.Module) -> None:
     """The published initialisation: truncated normal 0.02 (cut at +-2) for linear weights, zero
     biases; convolutions keep PyTorch's default."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=0.02)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 @torch.no_grad()
@@ -218,8 +285,8 @@ def init_scratch(module: nn.Module) -> None:
     The published initialisation is made for ImageNet weights. From scratch, with its time path at
     zero, no order was learned on the demo data: shuffled clips were classified as well as others.
     """
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timefast import ops
@@ -16,10 +17,10 @@ from timefast.models.vit import (
     NORM_EPS,
     Attention,
     Block,
-    Features,
     Mlp,
     PatchEmbed,
     PreLogits,
+    attend_once,
     drop_path_rates,
     grid_of,
     init_published,
@@ -28,6 +29,7 @@ from timefast.models.vit import (
     resize_grid,
     table_size_of,
 )
+from timefast.profiling import part
 
 EMBED_FRAMES = 8  # rows of the published time embedding, whatever the number of frames
 HEAD_EPS = 1e-5  # LayerNorm of the temporal head
@@ -58,11 +60,15 @@ class ShiftBlock(nn.Module):
 
     def forward(self, z: Tensor, *, cls_only: bool = False) -> Tensor:
         """z [B, T, S, C] -> the same shape, or with `cls_only` its class tokens [B, T, 1, C]."""
-        out = self.attend(self.norm1(z))
-        if cls_only:
-            z, out = z[:, :, :1], out[:, :, :1]
-        z = z + self.drop(self.attn.merge(out))
+        z = self.space_step(z, cls_only)
         return z + self.drop(self.mlp(self.norm2(z)))
+
+    @part("space attention")
+    def space_step(self, z: Tensor, cls_only: bool) -> Tensor:
+        if cls_only:
+            out = self.attend_class(self.norm1(z))
+            return z[:, :, :1] + self.drop(self.attn.merge(out))
+        return z + self.drop(self.attn.merge(self.attend(self.norm1(z))))
 
     def attend(self, z: Tensor) -> Tensor:
         """-> [B, T, S, H, D] before the output projection."""
@@ -72,6 +78,24 @@ class ShiftBlock(nn.Module):
         div = self.shift_div or z.shape[-1] + 1  # more than there are channels: none is shifted
         out = ops.shift_attention(q, k, v, shift_div=div, impl=self.impl)
         return out.reshape(B, T, *out.shape[2:])
+
+    def attend_class(self, z: Tensor) -> Tensor:
+        """-> [B, T, 1, H, D]: what `attend` gives for the class tokens."""
+        B, T, _, C = z.shape
+        k, v = (x.flatten(3) for x in self.attn.keys_and_values(z))  # [B, T, S, C]
+        if self.shift_div is not None:
+            k, v = (self.shifted(x, C // self.shift_div) for x in (k, v))
+        q = self.attn.queries(z[:, :, 0]).flatten(0, 1)  # [B*T, H, D]
+        k, v = (x.flatten(0, 1).unflatten(-1, q.shape[1:]) for x in (k, v))
+        return attend_once(q, k, v).unflatten(0, (B, T))[:, :, None]
+
+    def shifted(self, x: Tensor, fold: int) -> Tensor:
+        """x [B, T, S, C] with its first `fold` channels from the next frame and as many from the
+        frame before, zeros beyond a run of frames."""
+        runs = x.reshape(-1, min(x.shape[1], self.segments), *x.shape[2:])
+        after = F.pad(runs[:, 1:, :, :fold], (0, 0, 0, 0, 0, 1))
+        before = F.pad(runs[:, :-1, :, fold : 2 * fold], (0, 0, 0, 0, 1, 0))
+        return torch.cat([after, before, runs[..., 2 * fold :]], -1).reshape(x.shape)
 
     def drop(self, residual: Tensor) -> Tensor:
         scale = keep_scale(self, (*residual.shape[:2], 1, 1), residual)  # one draw per frame
@@ -101,9 +125,9 @@ class FrameEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.pre_logits = None if pre_logits is None else PreLogits(dim, pre_logits)
 
-    def forward(self, video: Tensor, *, cls_only: bool = False) -> tuple[Tensor, Tensor]:
-        """-> class features [B, T, C], patches [B, T, N, C] (none of them with `cls_only`)."""
-        x = self.patch_embed(video)  # [B, T, gh, gw, C]
+    def forward(self, x: Tensor, whole: int | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, gh, gw, C] -> class features [B, T, C], patches [B, T, N, C] of the first
+        `whole` clips (None: of all)."""
         B, T, gh, gw, _ = x.shape
         pos = resize_grid(self.pos_embed[0, 1:], self.grid, (gh, gw), "bicubic")
         cls = (self.cls_token[0, 0] + self.pos_embed[0, 0]).expand(B, T, 1, -1)
@@ -111,13 +135,21 @@ class FrameEncoder(nn.Module):
         rows = torch.arange(T, device=z.device) % self.temp_embed.shape[1]
         time = self.temp_embed[0, rows]  # [T, 1, C], for the class token too
         z = z + time
-        for i, block in enumerate(self.blocks):
-            if self.time_embed_every_block and i > 0:
+        for block in self.blocks[:-1]:
+            z = block(z)
+            if self.time_embed_every_block:
                 z = z + time
-            z = block(z, cls_only=cls_only and i == len(self.blocks) - 1)
-        z = self.norm(z)
-        cls = z[:, :, 0]
-        return cls if self.pre_logits is None else self.pre_logits(cls), z[:, :, 1:]
+        last = self.blocks[-1]
+        if whole is None:
+            z = self.norm(last(z))
+            cls, x = z[:, :, 0], z[:, :, 1:]
+        elif whole == 0:
+            cls, x = self.norm(last(z, cls_only=True))[:, :, 0], z[:0, :, 1:]
+        else:  # of the other clips the class tokens alone
+            first = self.norm(last(z[:whole]))
+            rest = self.norm(last(z[whole:], cls_only=True))
+            cls, x = torch.cat([first[:, :, 0], rest[:, :, 0]]), first[:, :, 1:]
+        return cls if self.pre_logits is None else self.pre_logits(cls), x
 
 
 class TemporalHead(nn.Module):
@@ -136,9 +168,10 @@ class TemporalHead(nn.Module):
         )
         self.head = nn.Linear(width, num_classes)
 
+    @part("heads")
     def forward(self, cls: Tensor) -> Tensor:
         """cls [B, T, C] -> logits [B, K]."""
-        z = torch.cat([self.cls_token.expand(len(cls), -1, -1), cls], 1)  # [B, 1+T, C]
+        z = torch.cat([self.cls_token.expand(cls.shape[0], -1, -1), cls], 1)  # [B, 1+T, C]
         for block in self.temporal_encoder:
             z = block(z)
         return self.head(self.mlp_head(z[:, 0]))
@@ -229,21 +262,17 @@ class XViT(VideoTransformer):
     def blocks(self) -> nn.ModuleList:
         return self.base_model.blocks
 
-    def features(self, video: Tensor) -> Features:
-        return Features(*self._run(video, cls_only=False))
-
-    def forward(self, video: Tensor) -> Tensor:
-        cls, _ = self._run(video, cls_only=True)
-        return self.classify(cls)
-
     def classify(self, cls: Tensor) -> Tensor:
         return self.consensus(cls)
 
-    def _run(self, video: Tensor, cls_only: bool) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, whole: int | None = None) -> tuple[Tensor, Tensor]:
+        return self.base_model(x, whole)
+
+    def embed(self, video: Tensor) -> Tensor:
         frames = video.shape[2] if video.ndim == 5 else 0
         if frames > self.segments and frames % self.segments:
             raise ValueError(
                 f"video: expected at most {self.segments} frames (shift_segments) or a multiple of "
                 f"it, got {frames}"
             )
-        return self.base_model(video, cls_only=cls_only)
+        return self.base_model.patch_embed(video)
