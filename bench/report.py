@@ -4,7 +4,8 @@
     python -m bench.report --check    exit with 1 if one of them is stale
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is the `what` of result
-files `<what>_<device>_<yyyy-mm-dd>_<commit>.json`, or `speed`, the short form of `ops`. Of several
+files `<what>_<device>_<yyyy-mm-dd>_<commit>.json`, or `speed` and `step-speed`, the short forms of
+`ops` and `train_step`. Of several
 files with the same `what` and device the newest counts. Rates are computed here from the bytes,
 operations and medians that the files hold.
 
@@ -106,13 +107,15 @@ def records(root: Path, link: str, what: str) -> str:
     for result in newest(root, what):
         head = (
             "Op", "Case", "dtype", "Direction", "Implementation", "Median (p20 to p80)",
-            "Peak memory", "Kept for backward", "GB/s", "TFLOP/s", "Of the floor", "Clips/s", "Error",
+            "Peak memory", "Kept for backward", "GB/s", "TFLOP/s", "Of the floor", "Clips/s",
+            "Error",
         )  # fmt: skip
         rows = [
             (
                 f"`{r['op']}`", _case(r), r.get("dtype") or "", r.get("direction") or "", r["impl"],
                 f"{_time(r['median'])} ({_time(r['p20'])} to {_time(r['p80'])})",
-                _bytes(r.get("peak_memory")), _bytes(r.get("kept_memory")), _rate(r, "bytes", 1e9), _rate(r, "flops", 1e12),
+                _bytes(r.get("peak_memory")), _bytes(r.get("kept_memory")),
+                _rate(r, "bytes", 1e9), _rate(r, "flops", 1e12),
                 _share_of_floor(r), _rate(r, "clips", 1.0),
                 "" if r.get("error") is None else f"{r['error']:.1e}",
             )
@@ -150,6 +153,50 @@ def speed(root: Path, link: str) -> str:
     return "\n".join(text)
 
 
+def train_step(root: Path, link: str) -> str:
+    """Per backbone the techniques of a step, row by row; each row keeps those above it."""
+    head = (
+        "Step", "dtype", "Median", "Clips/s", "Against the published form", "Utilisation",
+        "Peak memory", "Kept for backward", "Loss difference",
+    )  # fmt: skip
+    text = []
+    for result in newest(root, "train_step"):
+        cases: dict[str, list[dict[str, Any]]] = {}
+        for r in result.content:
+            cases.setdefault(f"{r['case']}, {r['clips']} clips", []).append(r)
+        for case, measured in cases.items():
+            rows = [
+                (
+                    r["impl"], r["dtype"], _time(r["median"]), _rate(r, "clips", 1.0),
+                    f"{r['speedup']:.2f} ×",
+                    f"{r['flops'] / r['median'] / r['matmul_rate']:.0%}", _bytes(r["peak_memory"]),
+                    _bytes(r["kept_memory"]), f"{r['error']:.1e}",
+                )
+                for r in measured
+            ]  # fmt: skip
+            filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
+            table = _markdown([head[i] for i in filled], [[row[i] for i in filled] for row in rows])
+            text.append(f"**{case}**\n\n{table}")
+        text.append(f"{_source(result, link)}\n")
+    return "\n".join(text) or EMPTY
+
+
+def step_speed(root: Path, link: str) -> str:
+    """Per backbone the whole step against its published form, for the front page."""
+    text = []
+    for result in newest(root, "train_step"):
+        rows = []
+        for r in result.content:
+            if "(timefast)" in r["impl"]:
+                case = f"{r['case']}, {r['clips']} clips, {r['dtype']}"
+                rows.append((case, _rate(r, "clips", 1.0), f"{r['speedup']:.2f} ×"))
+        head = ("Training step", "Clips/s", "Against the published form")
+        text.append(f"{_markdown(head, rows)}\n{_source(result, link)}\n")
+    if not any("a100" in result.device.lower() for result in newest(root, "train_step")):
+        text.append("Not yet measured on an A100.\n")
+    return "\n".join(text)
+
+
 def _groups(measured: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Measurements of the same thing together, fastest implementation first."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -166,7 +213,8 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "trajectory": lambda root, link: records(root, link, "trajectory"),
     "flow": lambda root, link: records(root, link, "flow"),
     "pipelines": lambda root, link: records(root, link, "pipelines"),
-    "train-step": lambda root, link: records(root, link, "train-step"),
+    "train-step": train_step,
+    "step-speed": step_speed,
 }
 
 

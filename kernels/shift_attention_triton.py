@@ -422,7 +422,7 @@ def _shift_setting(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time constants, and options of the launch."""
     shift = shift_constants(q, k, v, fold)
-    if not shift["WHOLE_HEADS"] and shift["GROUP"] < 8:  # an address per column: smaller tiles
+    if not shift["WHOLE_HEADS"]:  # up to an address per column: smaller tiles
         name += "_by_column"
     constants, options = _space_setting(name, q, over)
     return {**constants, **shift}, options

@@ -26,8 +26,9 @@ logger = logging.getLogger("timefast")
 
 MOST_WORKERS = 16
 MOST_DALI_THREADS = 8
-# cores for each GPU from which on PyAV feeds a video transformer; the GPU's decoder, which has to
-# decode whole groups of frames for the few that are wanted, is for machines with fewer
+# Cores for each GPU from which on "auto" leaves the GPU to the model. An estimate: a core makes ten
+# to twenty clips a second (bench_pipelines.py), TimeSformer-B with TIME takes fifty to a hundred on
+# a large GPU. `timefast.info --pipeline` measures it.
 ENOUGH_CORES = 8
 BATCHES_AHEAD = 2
 T = TypeVar("T")

@@ -160,7 +160,8 @@ class Samples:
         for passed in range(step, self.tries):
             sample = int(order[(position + passed) % len(order)])
             record = self.videos.records[sample]
-            self.at[:] = sample, time.monotonic()
+            self.at[1] = time.monotonic()  # first: who reads in between must not think it hangs
+            self.at[0] = sample
             try:
                 made = self._read(read, record, sample, epoch, seen)
                 return Chosen(position, passed, sample), made
@@ -248,7 +249,7 @@ class Samples:
             self._learn(sample, record, line, seen)
             held = line
         bytes_ = stamp(record)[0]
-        if (reason := _why_not(held, bytes_, self.dali)) is not None:
+        if (reason := why_not_dali(held, bytes_, self.dali)) is not None:
             seen.routed.append(reason)
             return self.clips(record, sample, epoch, seen)
         counted, height, width = held["frames"], held["height"], held["width"]
@@ -305,7 +306,7 @@ class Samples:
         return notices
 
 
-def _why_not(held: dict[str, Any], size: int, back_end: BackEnd) -> str | None:
+def why_not_dali(held: dict[str, Any], size: int, back_end: BackEnd) -> str | None:
     """The class of file that DALI is not to decode to which this one belongs, if any."""
     if held["codec"] not in CODECS[back_end]:
         return f"codec {held['codec']}"

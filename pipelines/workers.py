@@ -41,6 +41,7 @@ class Workers:
         self._run = _FORK.RawValue("q", 0)  # jobs of earlier runs are not worth doing
         self._crashed: set[int] = set()
         self._restarts = 0
+        self._closed = False
         self._workers = [self._start() for _ in range(count)]
         multiprocessing.util.Finalize(self, _end, (self._workers,), exitpriority=20)
 
@@ -54,6 +55,8 @@ class Workers:
         given = 0
         for number in range(len(jobs)):
             while number not in ready:
+                if self._closed:
+                    return
                 while given < min(len(jobs), number + AHEAD * len(self._workers)):
                     worker = min(self._workers, key=lambda w: len(w.jobs))
                     if len(worker.jobs) == AHEAD:
@@ -71,6 +74,7 @@ class Workers:
         return [worker.process.pid or 0 for worker in self._workers]
 
     def close(self) -> None:
+        self._closed = True  # for a thread that is still asking for batches
         _end(self._workers)
 
     def _start(self) -> "_Worker":
@@ -102,6 +106,8 @@ class Workers:
                 self._replace(worker, "hangs")
 
     def _replace(self, worker: "_Worker", how: str) -> None:
+        if self._closed:
+            return
         sample, pid = worker.sample(), worker.process.pid
         worker.process.kill()
         worker.process.join()

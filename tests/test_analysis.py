@@ -259,6 +259,17 @@ def test_names_come_from_a_labels_file(tiny_run, tmp_path, form, capsys):
 
 
 @pytest.mark.parametrize(
+    "content",
+    ['{"a": "1", "b": "2"}', '{"a": "0", "b": "0"}', '["a", "b"]', '{"a": {"b": 1}}', '"a"', "{"],
+)
+def test_a_labels_file_that_numbers_no_classes_is_refused(tiny_run, tmp_path, content, capsys):
+    (tmp_path / "labels.json").write_text(content)
+    assert predict.main([str(tiny_run), "x", "--labels", str(tmp_path / "labels.json")]) == 2
+    error = capsys.readouterr().err
+    assert "with the labels from 0 on" in error or "not valid JSON" in error
+
+
+@pytest.mark.parametrize(
     ("command", "flags", "said"),
     [
         (probe, ["--train-videos", "0"], "--train-videos: expected at least 1"),

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,3 +233,18 @@ def test_shards_that_do_not_fit_are_refused(tmp_path):
     assert "samples without a label: train-0.tar: a" in refusal(tmp_path)
     shard(path, {"../a.mp4": b"-", "../a.cls": b"0"})
     assert "lead out of the tar file" in refusal(tmp_path)
+
+
+def test_each_fault_of_the_table_is_held_by_a_test_that_exists():
+    root = Path(__file__).parent
+    page = (root.parent / "docs" / "data.md").read_text("utf-8")
+    rows = [line.split("|")[3] for line in page.split("| fault |")[1].splitlines()[2:] if line]
+    assert len(rows) > 20
+    for row in rows:
+        for part in row.replace("(gpu)", "").split(";"):
+            file, _, names = part.strip().partition(":")
+            if file == "the same":
+                continue
+            text = (root / f"{file}.py").read_text("utf-8")
+            for name in filter(None, (name.strip() for name in names.split(","))):
+                assert re.search(rf"^def test_\w*{name}", text, re.MULTILINE), (file, name)

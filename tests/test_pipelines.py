@@ -447,12 +447,9 @@ def test_links_may_lead_anywhere_under_the_root_and_nowhere_else(tmp_path, webm)
     assert kind_of(root / ".." / "secret.webm", root) == "outside-root"
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_any_damage_gives_frames_or_a_known_kind(tmp_path, webm, data):
-    raw = bytearray(webm)
+def damaged(raw, data):
+    """The bytes after some cuts, insertions and replacements that hypothesis draws."""
+    raw = bytearray(raw)
     for _ in range(data.draw(st.integers(1, 3))):
         where = data.draw(st.integers(0, max(len(raw) - 1, 0)))
         piece = data.draw(st.binary(min_size=1, max_size=40))
@@ -465,7 +462,15 @@ def test_any_damage_gives_frames_or_a_known_kind(tmp_path, webm, data):
             del raw[where : where + len(piece)]
         else:
             del raw[max(where, 1) :]
-    path = put(tmp_path, bytes(raw), "fuzzed.webm")
+    return bytes(raw)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_damage_gives_frames_or_a_known_kind(tmp_path, webm, data):
+    path = put(tmp_path, damaged(webm, data), "fuzzed.webm")
     try:
         decoded = decode(path, everything, tmp_path)
     except VideoError as error:

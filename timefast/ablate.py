@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_flags(parser)
     args = parser.parse_args(argv)
     to_console()
-    return exit_code(lambda: run(args))
+    return exit_code(lambda: run(args), interrupted="the same command goes on from here")
 
 
 def run(args: Namespace) -> int:

@@ -10,6 +10,7 @@ again and compared with the model.
 import argparse
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -63,23 +64,30 @@ def run(args: argparse.Namespace) -> int:
         _check_onnx()
     source = open_source(args.source, args)
     video = torch.randn(2, 3, source.spec.frames, source.spec.crop, source.spec.crop)
-    about = description(source, args.labels)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporters speak of their own insides
-        WRITERS[dest.suffix](source.model, video, dest, json.dumps(about))
-    difference = _difference(source.model, dest, video.shape)
+    about = json.dumps(description(source, args.labels))
+    part = dest.with_name(f".part-{dest.name}")  # it has its name when it is whole and checked
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporters speak of their own insides
+            WRITERS[dest.suffix](source.model, video, part, about)
+        difference = _difference(source.model, part, video.shape)
+        if difference is not None and not difference <= MOST_DIFFERENCE:
+            raise RunError(
+                f"{dest}: what was exported does not compute what the model does (logits "
+                f"{difference:.1e} apart); nothing is kept. Try the other format, or another "
+                "version of torch"
+            )
+        os.replace(part, dest)
+    except OSError as error:
+        raise InputError(f"{dest}: cannot be written ({error.strerror})") from error
+    finally:
+        part.unlink(missing_ok=True)
     shape = ", ".join(["clips", *map(str, video.shape[1:])])
     print(f"{dest}: video [{shape}] float32 -> logits [clips, {source.model.num_classes}]")
     if difference is None:
         print('not checked: onnxruntime is not installed; `pip install -e ".[onnx]"` provides it')
         return 0
     print(f"largest difference from the model, against its largest logit: {difference:.1e}")
-    if not difference <= MOST_DIFFERENCE:
-        dest.unlink()
-        raise RunError(
-            f"{dest} did not compute what the model does (more than {MOST_DIFFERENCE:.0e} apart) "
-            "and was removed; try the other format, or another version of torch"
-        )
     return 0
 
 

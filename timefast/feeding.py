@@ -126,11 +126,11 @@ def as_text(found: dict[str, Any]) -> str:
         rates[pipeline] = rate["clips_per_s"]
         bad = f", {rate['bad']} videos could not be used" if rate["bad"] else ""
         lines.append(
-            f"  {pipeline:<8}{rate['clips_per_s']:8.1f} clips/s   {rate['name']}, "
+            f"  {pipeline:<8}{rate['clips_per_s']:8.3g} clips/s   {rate['name']}, "
             f"{rate['workers']} worker processes{bad}"
         )
     lines.append(
-        f"  {'model':<8}{found['model']:8.1f} clips/s   TimeSformer-B with TIME, forward and "
+        f"  {'model':<8}{found['model']:8.3g} clips/s   TimeSformer-B with TIME, forward and "
         "backward"
     )
     best = max(rates, key=rates.__getitem__)

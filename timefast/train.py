@@ -206,9 +206,9 @@ class Trainer:
             self._continue(found)
         elif resume:
             logger.info("nothing to resume in %s: starting at step 0", self.run_folder)
-        if config.run.compile:  # class logits come from calling the model, the rest from features
-            self.model.compile()
-            self.model.features = torch.compile(self.model.features)  # type: ignore[method-assign]
+        if config.run.compile:  # all that every pass consists of, in training and evaluation
+            self.model.embed = torch.compile(self.model.embed)  # type: ignore[method-assign]
+            self.model.run = torch.compile(self.model.run)  # type: ignore[method-assign]
 
         self.record = self._describe()
         self.evaluated_at = distributed.from_leader(self._open_files)

@@ -272,13 +272,11 @@ def _huggingface_sizes(file: Path) -> dict[str, Any]:
 def _huggingface_classes(file: Path) -> list[str] | None:
     """Class names without square brackets; None for the names that stand for having none."""
     names = _read_json(file).get("id2label") or {}
-    try:
-        named = sorted((int(i), str(name)) for i, name in names.items())
-    except (AttributeError, ValueError) as error:
-        raise InputError(f"{file}: id2label is not a list of class names ({error})") from error
-    if not named or all(name == f"LABEL_{i}" for i, name in named):
+    if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(names))}:
+        raise InputError(f"{file}: id2label does not name the classes 0 to {len(names) - 1}")
+    if all(name == f"LABEL_{i}" for i, name in names.items()):
         return None
-    return [name.replace("[", "").replace("]", "") for _, name in named]
+    return [str(names[str(i)]).replace("[", "").replace("]", "") for i in range(len(names))]
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -254,14 +254,14 @@ def _read_names(file: Path) -> list[str]:
         return [line.strip() for line in read_text(file).splitlines() if line.strip()]
     found = read_json(file)
     if isinstance(found, dict) and all(str(value).isdecimal() for value in found.values()):
-        found = {value: name for name, value in found.items()}
-    try:
-        return [str(name) for _, name in sorted((int(i), name) for i, name in found.items())]
-    except (AttributeError, ValueError) as error:
+        turned = {str(value): name for name, value in found.items()}
+        found = turned if len(turned) == len(found) else None  # a label given twice
+    if not isinstance(found, dict) or found.keys() != {str(i) for i in range(len(found))}:
         raise InputError(
-            f'--labels {file}: expected {{"name of class": "0", ...}} or a text file with one '
-            "name per line"
-        ) from error
+            f'--labels {file}: expected {{"name of class": "0", ...}} with the labels from 0 on, '
+            "or a text file with one name per line"
+        )
+    return [str(found[str(i)]) for i in range(len(found))]
 
 
 def account(
@@ -334,7 +334,7 @@ def parse_views(text: str) -> tuple[int, int]:
     return int(temporal), int(spatial)
 
 
-def exit_code(work: Callable[[], int]) -> int:
+def exit_code(work: Callable[[], int], interrupted: str = "nothing was written") -> int:
     """Run the body of a command; turn what a user can cause into one message and an exit code."""
     try:
         return work()
@@ -352,5 +352,5 @@ def exit_code(work: Callable[[], int]) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print(f"interrupted; {interrupted}", file=sys.stderr)
         return 130
