@@ -229,7 +229,10 @@ class Published(torch.utils.data.Dataset[torch.Tensor]):
 
 
 @pytest.mark.parametrize("impl", ["timefast", "published"])
-@pytest.mark.parametrize("labels", [True, False], ids=["labels", "no-labels"])
+@pytest.mark.parametrize(
+    ("size", "labels"), [("ssv2", True), ("ssv2", False), ("demo", True)],
+    ids=["ssv2-labels", "ssv2-no-labels", "demo-labels"],
+)  # fmt: skip
 @pytest.mark.parametrize("cores", [1, 2])
 def bench_loader(
     benchmark: Any, folder: Path, size: str, cores: int, labels: bool, impl: str

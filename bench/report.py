@@ -5,9 +5,8 @@
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is the `what` of result
 files `<what>_<device>_<yyyy-mm-dd>_<commit>.json`, or `speed` and `step-speed`, the short forms of
-`ops` and `train_step`. Of several
-files with the same `what` and device the newest counts. Rates are computed here from the bytes,
-operations and medians that the files hold.
+`ops` and `train_step`. Of several files with the same `what` and device the newest counts. Rates
+are computed here from the bytes, operations and medians that the files hold.
 
 Most files are lists of records, one per measurement: op, impl, case, shapes, dtype, direction,
 median, p20, p80 (seconds), peak_memory (bytes or null), bytes, flops, error, device, driver,
@@ -129,19 +128,19 @@ def records(root: Path, link: str, what: str) -> str:
 
 
 def speed(root: Path, link: str) -> str:
-    """Per case our fastest implementation beside the fastest other one."""
-    head = ("Op", "Case", "Direction", "timefast", "Best other", "Ratio")
+    """Per case forward and backward of our fastest implementation beside the fastest other one."""
+    head = ("Op", "Case", "timefast", "Best other", "Ratio")
     text = []
     for result in newest(root, "ops"):
         rows = []
         for group in _groups(result.content):
             ours = [r for r in group if r["impl"] in ("triton", "cpu")]
             others = [r for r in group if r not in ours]
-            if not ours or not others:
+            if not ours or not others or ours[0]["direction"] != "fwd+bwd":
                 continue
             best, other = ours[0], others[0]
             rows.append((
-                f"`{best['op']}`", f"{_case(best)}, {best['dtype']}", best["direction"],
+                f"`{best['op']}`", f"{_case(best)}, {best['dtype']}",
                 f"{_time(best['median'])} ({best['impl']})",
                 f"{_time(other['median'])} ({other['impl']})",
                 f"{other['median'] / best['median']:.2f} ×",
@@ -162,7 +161,7 @@ def train_step(root: Path, link: str) -> str:
     text = []
     for result in newest(root, "train_step"):
         cases: dict[str, list[dict[str, Any]]] = {}
-        for r in result.content:
+        for r in _compared(result):
             cases.setdefault(f"{r['case']}, {r['clips']} clips", []).append(r)
         for case, measured in cases.items():
             rows = [
@@ -177,8 +176,14 @@ def train_step(root: Path, link: str) -> str:
             filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
             table = _markdown([head[i] for i in filled], [[row[i] for i in filled] for row in rows])
             text.append(f"**{case}**\n\n{table}")
-        text.append(f"{_source(result, link)}\n")
+        if cases:
+            text.append(f"{_source(result, link)}\n")
     return "\n".join(text) or EMPTY
+
+
+def _compared(result: Result) -> list[dict[str, Any]]:
+    """Records that were measured against the published form; files of before have none."""
+    return [r for r in result.content if "speedup" in r]
 
 
 def step_speed(root: Path, link: str) -> str:
@@ -186,12 +191,13 @@ def step_speed(root: Path, link: str) -> str:
     text = []
     for result in newest(root, "train_step"):
         rows = []
-        for r in result.content:
+        for r in _compared(result):
             if "(timefast)" in r["impl"]:
                 case = f"{r['case']}, {r['clips']} clips, {r['dtype']}"
                 rows.append((case, _rate(r, "clips", 1.0), f"{r['speedup']:.2f} ×"))
         head = ("Training step", "Clips/s", "Against the published form")
-        text.append(f"{_markdown(head, rows)}\n{_source(result, link)}\n")
+        if rows:
+            text.append(f"{_markdown(head, rows)}\n{_source(result, link)}\n")
     if not any("a100" in result.device.lower() for result in newest(root, "train_step")):
         text.append("Not yet measured on an A100.\n")
     return "\n".join(text)

@@ -94,7 +94,13 @@ class Opened:
     stream: Any
     packets: list[Any]
     short: str | None
+    hidden: int  # packets that an edit list hides: others may need them, FFmpeg drops their frames
     first: Any = None  # the first frame that was decoded
+
+    @property
+    def counted(self) -> int:
+        """Frames there are to see."""
+        return len(self.packets) - self.hidden
 
     def held(self, frames: int, short: str | None) -> dict[str, Any]:
         """What is known of the video once a frame was decoded."""
@@ -122,7 +128,7 @@ def decode(
     """
     with open_video(path, root, within) as video:
         try:
-            counted = len(video.packets)
+            counted = video.counted
             wanted = pick(counted)
             kept, came = _decode(video, set(wanted))
             short = video.short
@@ -144,12 +150,12 @@ def decode(
 def probe(path: Path, root: Path, within: Within = None, *, deep: bool) -> dict[str, Any]:
     """What a file holds: codec, pixel format, width, height (as stored), rotation (degrees
     counter-clockwise), frames, duration (seconds, None if unknown), short (reason or None),
-    resized (whether the frame size changes on the way).
+    resized (whether the frame size changes on the way), hidden (frames that an edit list hides).
 
     All packets are read; `deep` decodes all frames, else some key frames. Raises VideoError.
     """
     with open_video(path, root, within) as video:
-        frames, short = len(video.packets), video.short
+        frames, short = video.counted, video.short
         sizes: list[tuple[int, int]] = []
         try:
             every = (frame for _, frame in _frames(video))
@@ -163,7 +169,8 @@ def probe(path: Path, root: Path, within: Within = None, *, deep: bool) -> dict[
         if deep and len(sizes) < frames:
             short = f"{len(sizes)} of {frames} frames can be decoded"
             frames = len(sizes)
-        return {**video.held(frames, short), "resized": len(set(sizes)) > 1}
+        resized = len(set(sizes)) > 1
+        return {**video.held(frames, short), "resized": resized, "hidden": video.hidden}
 
 
 @contextmanager
@@ -179,20 +186,21 @@ def open_video(path: Path, root: Path, within: Within = None) -> Iterator[Opened
     with container:
         try:
             stream = _video_stream(container)
-            packets = []
+            packets, hidden = [], 0
             for packet in container.demux(stream):
-                if packet.size and not packet.is_discard:
+                if packet.size:
                     packets.append(packet)
+                    hidden += packet.is_discard
                 if len(packets) > MAX_FRAMES:
                     raise VideoError("too-long", f"more than {MAX_FRAMES} frames")
                 if time.monotonic() > deadline:
                     raise VideoError("timeout", f"reading took more than {TIMEOUT_S:.0f} s")
-            if not packets:
+            if len(packets) == hidden:
                 raise VideoError("unreadable", "there are no frames in it")
             short = _cut_off(container, stream, packets)
         except _DAMAGE as error:
             raise VideoError("unreadable", f"cannot be read: {_said(error)}") from error
-        yield Opened(container, stream, packets, short)
+        yield Opened(container, stream, packets, short, hidden)
 
 
 def check_file(path: Path, root: Path, within: Within = None) -> None:
@@ -267,7 +275,7 @@ def _video_stream(container: Any) -> Any:
 
 def _cut_off(container: Any, stream: Any, packets: list[Any]) -> str | None:
     """Whether packets end before the time that the header promises."""
-    stamps = [packet.pts for packet in packets if packet.pts is not None]
+    stamps = [p.pts for p in packets if p.pts is not None and not p.is_discard]
     if stream.duration is not None:
         promised = float(stream.duration * stream.time_base)
     elif container.duration is not None and len(container.streams) == 1:
@@ -291,7 +299,7 @@ def _decode(
     last = max(wanted)
     whole = [(0, len(video.packets))]
     stretches = whole
-    if seek and context.codec.canonical_name in _SEEKABLE:
+    if seek and not video.hidden and context.codec.canonical_name in _SEEKABLE:
         stretches = _stretches(video.packets, wanted)
         if stretches == [(0, last + 1)]:
             stretches = whole

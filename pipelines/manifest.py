@@ -21,7 +21,7 @@ logger = logging.getLogger("timefast")
 
 NAME = "timefast-scan.jsonl"
 USABLE = ("ok", "short")
-_NUMBERS = ("frames", "height", "width", "rotation", "resized")
+_NUMBERS = ("frames", "height", "width", "rotation", "resized", "hidden")
 _WORDS = ("codec", "pixel_format", "verdict")
 
 
@@ -94,7 +94,7 @@ class Known:
 
     def held(self, sample: int, record: Record) -> dict[str, Any] | None:
         """What a usable video holds, if that is known: frames, height, width, rotation, resized,
-        codec, pixel_format, verdict."""
+        hidden, codec, pixel_format, verdict."""
         facts = self._facts[sample].tolist()
         if facts[0] < 0 or not self.fits(sample, record):
             return None

@@ -25,7 +25,7 @@ from timefast.data.augment import (
 from timefast.data.batch import Batch, ClipSpec, Failure, Record, VideoSet
 from timefast.data.rng import generator
 from timefast.data.sampling import distinct_views, train_frames, view_frames
-from timefast.pipelines.cpu_decode import VideoError, decode, probe, read_bytes
+from timefast.pipelines.cpu_decode import VideoError, check_file, decode, probe, read_bytes
 from timefast.pipelines.labels import clip_labels
 from timefast.pipelines.manifest import USABLE, Known, stamp
 
@@ -143,7 +143,7 @@ class Samples:
             view=torch.arange(per_video).repeat(len(chosen)),
             flow_label=clip_labels(video, self.spec) if self.labels and len(video) else None,
             failures=seen.failures,
-            notices=seen.notices,
+            notices=list(dict.fromkeys(seen.notices)),  # a video may have been read twice
             found=seen.found,
         )
 
@@ -166,12 +166,15 @@ class Samples:
                 made = self._read(read, record, sample, epoch, seen)
                 return Chosen(position, passed, sample), made
             except VideoError as error:
-                failure = Failure(record.id, str(record.path), error.kind, error.reason)
-                self.bad[sample] = failure
-                seen.failures.append(failure)
+                self.bad[sample] = self.failure(sample, error.kind, error.reason)
+                seen.failures.append(self.bad[sample])
             finally:
                 self.at[0] = -1
         return None
+
+    def failure(self, sample: int, kind: str, reason: str) -> Failure:
+        record = self.videos.records[sample]
+        return Failure(record.id, str(record.path), kind, reason)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         count = len(self.videos.records)
@@ -240,9 +243,10 @@ class Samples:
     ) -> list[torch.Tensor] | Encoded:
         """The bytes of a video and what DALI is to make of them; or its clips, if it is not to."""
         assert self.dali is not None
+        root = self.videos.video_root or self.videos.root
+        check_file(record.path, root, record.within)  # whatever a manifest says of it
         held = self.known.held(sample, record)
         if held is None:
-            root = self.videos.video_root or self.videos.root
             line = probe(record.path, root, record.within, deep=False)
             short = line.pop("short")
             line = {"verdict": "short" if short else "ok", "reason": short, **line}
@@ -318,15 +322,11 @@ def why_not_dali(held: dict[str, Any], size: int, back_end: BackEnd) -> str | No
         return "cut off"
     if held["resized"]:
         return "frame size changes on the way"
+    if held["hidden"]:
+        return "frames that an edit list hides"
     if size > MOST_BYTES:
         return f"more than {MOST_BYTES >> 20} MiB"
-    low, high = NVDEC_SIDES
-    if (
-        back_end == "mixed"
-        and not low
-        <= min(held["height"], held["width"])
-        <= max(held["height"], held["width"])
-        <= high
-    ):
-        return f"sides not within {low} to {high} pixels"
+    short, long = sorted((held["height"], held["width"]))
+    if back_end == "mixed" and not (NVDEC_SIDES[0] <= short and long <= NVDEC_SIDES[1]):
+        return "sides not within {} to {} pixels".format(*NVDEC_SIDES)
     return None

@@ -12,7 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.multiprocessing  # noqa: F401 (lets tensors travel in shared memory)
@@ -21,7 +21,6 @@ from timefast.data.batch import Failure
 from timefast.errors import RunError
 from timefast.kernels.farneback import opencv_without_threads
 from timefast.pipelines import cpu_decode
-from timefast.pipelines.samples import Job, Samples
 
 logger = logging.getLogger("timefast")
 
@@ -31,11 +30,23 @@ LOOK_EVERY_S = 1.0
 _FORK = multiprocessing.get_context("fork")
 
 
+class Work(Protocol):
+    """What the processes do: a job at a time, of videos that have numbers."""
+
+    labels: bool  # whether OpenCV is used
+    bad: dict[int, Failure]  # videos not to be tried
+    at: Any  # the number of the video being worked on, or -1, and since when
+
+    def make(self, job: Any) -> Any: ...
+
+    def failure(self, number: int, kind: str, reason: str) -> Failure: ...
+
+
 class Workers:
     """Makes the batches of jobs in `count` processes and hands them out in order."""
 
-    def __init__(self, samples: Samples, count: int):
-        self._samples = samples  # whose `bad` each worker is told with each job
+    def __init__(self, work: Work, count: int):
+        self._work = work  # whose `bad` each worker is told of
         # what a decoder that can still look at the clock gives itself, and some time to say so
         self._patience = 1.5 * cpu_decode.TIMEOUT_S
         self._run = _FORK.RawValue("q", 0)  # jobs of earlier runs are not worth doing
@@ -45,7 +56,7 @@ class Workers:
         self._workers = [self._start() for _ in range(count)]
         multiprocessing.util.Finalize(self, _end, (self._workers,), exitpriority=20)
 
-    def batches(self, jobs: Sequence[Job]) -> Iterator[Any]:
+    def batches(self, jobs: Sequence[Any]) -> Iterator[Any]:
         """The batch of each job, in their order; at most `AHEAD` a worker are begun before they are
         asked for. Raises RunError if the workers cannot be kept alive."""
         self._run.value += 1
@@ -78,12 +89,16 @@ class Workers:
         _end(self._workers)
 
     def _start(self) -> "_Worker":
-        return _Worker(self._samples, self._run)
+        return _Worker(self._work, self._run)
 
-    def _give(self, worker: "_Worker", number: int, job: Job) -> None:
+    def _give(self, worker: "_Worker", number: int, job: Any) -> None:
         worker.jobs.append((number, job))
+        # only what is new: a long message would wait for a worker that waits to be heard
+        bad = self._work.bad
+        news = {sample: bad[sample] for sample in bad.keys() - worker.told}
+        worker.told |= news.keys()
         with contextlib.suppress(OSError):  # it has ended; the next look at it says why
-            worker.pipe.send((self._run.value, number, job, self._samples.bad))
+            worker.pipe.send((self._run.value, number, job, news))
 
     def _collect(self, ready: dict[int, Any]) -> None:
         """Take what is there, or wait a little; replace who has ended or hangs."""
@@ -111,7 +126,7 @@ class Workers:
         sample, pid = worker.sample(), worker.process.pid
         worker.process.kill()
         worker.process.join()
-        path = self._samples.videos.records[sample].path if sample >= 0 else "no video"
+        path = self._work.failure(sample, "", "").path if sample >= 0 else "no video"
         code = worker.process.exitcode
         if how == "hangs":
             reason = f"took more than {self._patience:.0f} s; its process was ended"
@@ -134,19 +149,19 @@ class Workers:
             self._give(new, number, job)
 
     def _refuse(self, sample: int, kind: str, reason: str) -> None:
-        record = self._samples.videos.records[sample]
-        self._samples.bad[sample] = Failure(record.id, str(record.path), kind, reason)
+        self._work.bad[sample] = self._work.failure(sample, kind, reason)
 
 
 class _Worker:
     """A process with the jobs it was given, and the video it is at."""
 
-    def __init__(self, samples: Samples, run: Any):
-        self.jobs: deque[tuple[int, Job]] = deque()
+    def __init__(self, work: Work, run: Any):
+        self.jobs: deque[tuple[int, Any]] = deque()
+        self.told = set(work.bad)  # it begins with a copy of what is known to be bad
         self.at = _FORK.RawArray("d", [-1.0, 0.0])
         self.pipe, theirs = _FORK.Pipe()
         self.process = _FORK.Process(
-            target=_work, args=(theirs, self.pipe, samples, self.at, run), daemon=True
+            target=_serve, args=(theirs, self.pipe, work, self.at, run), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -164,26 +179,27 @@ def _end(workers: list[_Worker]) -> None:
     workers.clear()
 
 
-def _work(pipe: Connection, theirs: Connection, samples: Samples, at: Any, run: Any) -> None:
+def _serve(pipe: Connection, theirs: Connection, work: Work, at: Any, run: Any) -> None:
     theirs.close()
     parent = os.getppid()
     # the main process decides what a signal means, and ends its workers
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
-    opencv_without_threads()
-    samples.at = at
+    if work.labels:
+        opencv_without_threads()
+    work.at = at
     while True:
         while not pipe.poll(LOOK_EVERY_S):
             if os.getppid() != parent:
                 return
         try:
-            this_run, number, job, refused = pipe.recv()
-            samples.bad |= refused
+            this_run, number, job, news = pipe.recv()
+            work.bad |= news
             result: Any = None
             if this_run == run.value:
                 try:
-                    result = samples.make(job)
+                    result = work.make(job)
                 except Exception:
                     result = traceback.format_exc()
             try:

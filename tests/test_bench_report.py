@@ -100,10 +100,35 @@ def test_pipelines_are_shown_in_clips_per_second(root):
 
 def test_speed_compares_with_the_best_alternative(root):
     measured = [op_record("reference", 0.008), op_record("triton", 0.001), op_record("sdpa", 0.002)]
+    measured = [{**r, "direction": "fwd+bwd"} for r in measured]
+    measured += [{**r, "direction": "bwd", "median": 0.004} for r in measured]
     put(root, "ops_gpu_2026-11-20_abc1234.json", measured)
     text = report.speed(root, "")
+    assert "4 ms" not in text  # the front page shows both directions together
     assert "| 1 ms (triton) | 2 ms (sdpa) | 2.00 × |" in text
     assert "Not yet measured on an A100." in text
+
+
+def step_record(impl: str, **more) -> dict:
+    of_step = {
+        "op": "train_step", "case": "xvit + TIME, mid", "clips": 2, "speedup": 1.25,
+        "flops": 3e12, "matmul_rate": 1e13, "peak_memory": None, "kept_memory": 2**21,
+    }  # fmt: skip
+    return op_record(impl, 0.5) | of_step | more
+
+
+def test_a_training_step_is_a_row_per_technique_in_the_order_measured(root):
+    measured = [step_record("published form", speedup=1.0), step_record("+ AdamW (timefast)")]
+    put(root, "train_step_cpu_2026-11-20_abc1234.json", measured)
+    table = report.train_step(root, "")
+    assert "**xvit + TIME, mid, 2 clips**" in table
+    assert (
+        "| + AdamW (timefast) | bfloat16 | 500 ms | 4 | 1.25 × | 60% | 2 MiB | 1.0e-03 |" in table
+    )
+    assert table.index("published form") < table.index("(timefast)")
+    short = report.step_speed(root, "")
+    assert "| xvit + TIME, mid, 2 clips, bfloat16 | 4 | 1.25 × |" in short
+    assert short.count("xvit") == 1 and "Not yet measured on an A100." in short
 
 
 def test_check_fails_on_a_stale_page_and_passes_after_rewriting(root, capsys):

@@ -130,9 +130,9 @@ def test_accumulated_gradients_are_exchanged_once_per_step(data, alone, tmp_path
     assert_same_training(run, one)
 
 
+@pytest.mark.parametrize("shard", ["--no-shard", "--shard"])
 def test_gradients_that_are_not_finite_in_one_process_leave_the_step_out_in_all(
-    data,
-    tmp_path,
+    data, tmp_path, shard
 ):
     run, log = tmp_path / "run", tmp_path / "log"
 
@@ -148,7 +148,7 @@ def test_gradients_that_are_not_finite_in_one_process_leave_the_step_out_in_all(
 
         TimeMethod.training_loss = loss
 
-    more = ["--batch-size", "6", "--max-steps", "3", "--save-every", "1", "--keep", "9"]
+    more = ["--batch-size", "6", "--max-steps", "3", "--save-every", "1", "--keep", "9", shard]
     codes = processes.run(2, flags(data, run, *more), log, nan_in_the_second_step_of_process_1)
     assert codes == [0, 0]
     one, two, three = (

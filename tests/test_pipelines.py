@@ -22,7 +22,7 @@ from timefast.demo_data import encode
 from timefast.errors import InputError, RunError
 from timefast.ops import flow_labels
 from timefast.pipelines import cpu_decode, manifest, samples
-from timefast.pipelines.cpu_decode import KINDS, VideoError, check_file, decode
+from timefast.pipelines.cpu_decode import KINDS, VideoError, check_file, decode, probe
 from timefast.pipelines.loader import ClipLoader
 from timefast.pipelines.manifest import NAME, read_manifest
 from timefast.scan import scan
@@ -212,6 +212,29 @@ def test_rotation_of_the_header_is_applied(tmp_path, degrees):
     upright = np.rot90(frames, -degrees // 90, axes=(1, 2))  # clockwise as seen
     assert decoded.frames.shape == upright.shape
     assert np.abs(decoded.frames.astype(int) - upright).mean() < 8
+
+
+def test_frames_that_an_edit_list_hides_are_decoded_and_not_counted(tmp_path):
+    """As in a file that was cut without encoding it anew."""
+    frames = moving_square()
+    write(tmp_path / "whole.mp4", frames)
+    with (
+        av.open(str(tmp_path / "whole.mp4")) as source,
+        av.open(str(tmp_path / "a.mp4"), "w") as out,
+    ):
+        stream = source.streams.video[0]
+        target = out.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.size:
+                early = 8 * stream.duration // 20
+                packet.pts, packet.dts = packet.pts - early, packet.dts - early
+                packet.stream = target
+                out.mux(packet)
+    decoded = decode(tmp_path / "a.mp4", everything, tmp_path)
+    assert decoded.counted == 12 and decoded.short is None
+    assert np.abs(decoded.frames.astype(int) - frames[8:]).mean() < 4
+    held = probe(tmp_path / "a.mp4", tmp_path, deep=False)
+    assert (held["frames"], held["hidden"]) == (12, 8)
 
 
 def test_first_real_video_stream_is_taken_whatever_stands_before_it(tmp_path):

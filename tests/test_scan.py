@@ -1,6 +1,8 @@
 """`timefast.scan`: every file gets a verdict, and no file is looked at twice for nothing."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from timefast import scan as scan_module
 from timefast.demo_data import encode, write_demo_data
 from timefast.errors import InputError
+from timefast.pipelines import cpu_decode
 from timefast.pipelines.cpu_decode import VideoError, probe
 from timefast.pipelines.manifest import NAME, read_manifest
 from timefast.scan import main, scan
@@ -146,3 +149,19 @@ def test_manifest_lines_are_json_with_relative_paths(folder):
 def test_probe_refuses_what_decoding_refuses(folder):
     with pytest.raises(VideoError, match="zero bytes"):
         probe(folder / "b" / "empty.mp4", folder, deep=False)
+
+
+def test_scan_does_not_wait_for_a_decoder_that_hangs_or_dies(folder, monkeypatch):
+    def stuck(path, *args, deep):
+        if path.name == "2.webm":
+            time.sleep(60)
+        if path.name == "cut.webm":
+            os._exit(139)
+        return probe(path, *args, deep=deep)
+
+    monkeypatch.setattr(scan_module, "probe", stuck)
+    monkeypatch.setattr(cpu_decode, "TIMEOUT_S", 0.5)
+    before = time.monotonic()
+    found = scan(folder, workers=2)
+    assert time.monotonic() - before < 20
+    assert verdicts(found) == {**VERDICTS, "2.webm": "timeout", "b/cut.webm": "crash"}

@@ -35,8 +35,8 @@ def small(backbone, **more):
         more = {"head_dropout": 0.0, **more}
     torch.manual_seed(0)
     return create_model(
-        backbone, num_classes=7, frames=T, image_size=SIDE, patch_size=8, dim=32, depth=3, heads=2,
-        **{"drop_path": 0.0, **more},
+        backbone, num_classes=7, frames=T, image_size=SIDE, patch_size=8, dim=32, heads=2,
+        **{"depth": 3, "drop_path": 0.0, **more},
     )  # fmt: skip
 
 
@@ -236,3 +236,49 @@ def test_a_head_whose_loss_has_no_weight_asks_for_no_gradient():
     method.freeze_unread()
     frozen = {name for name, p in method.model.named_parameters() if not p.requires_grad}
     assert frozen == {"temp_head.weight", "temp_head.bias"}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_bf16_losses_follow_those_of_fp32_for_20_steps(backbone):
+    curves = []
+    for bf16 in (False, True):
+        model = small(backbone)
+        method, optimizer = TimeMethod(model), build_optimizer(model, OptimConfig(lr=1e-3))
+        totals = []
+        for step in range(20):
+            order = torch.randperm(T, generator=torch.Generator().manual_seed(step))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                total = method.training_loss(batch(), order)["total"]
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            totals.append(total.item())
+        curves.append(totals)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_both_passes_compile_as_one_graph(backbone):
+    """What --compile compiles; the compiler's own code generation is not part of this."""
+    model, clips = small(backbone, depth=2).eval(), batch()
+    with torch.no_grad():
+        expected = model.run(model.embed(clips.video), 1)
+        model.embed = torch.compile(model.embed, backend="eager", fullgraph=True)
+        model.run = torch.compile(model.run, backend="eager", fullgraph=True)
+        for one, two in zip(model.run(model.embed(clips.video), 1), expected, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+def test_training_with_compile_goes_through_the_compiled_backbone(data, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile(function):
+        def run(*given):
+            compiled.append(function.__name__)
+            return function(*given)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert train(data, tmp_path / "run", "--max-steps", "1", "--compile") == 0
+    assert compiled[:2] == ["embed", "run"]

@@ -9,28 +9,28 @@ is one, and does not try files that are known to be bad.
 import argparse
 import json
 import logging
-import multiprocessing
 import os
-import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from timefast.data import Split, has_split, open_videos
-from timefast.data.batch import Record
+from timefast.data.batch import Failure, Record
 from timefast.data.folder import VIDEO_SUFFIXES
-from timefast.errors import InputError
+from timefast.errors import InputError, RunError
 from timefast.log import JsonLines, to_console
 from timefast.pipelines.cpu_decode import VideoError, probe
 from timefast.pipelines.manifest import NAME, USABLE, key, read_manifest, stamp
+from timefast.pipelines.workers import Workers
 
 logger = logging.getLogger("timefast")
 
+PART = 16  # videos that a process is given at a time
 LINE_EVERY = 5000  # videos, where there is no terminal for a bar
 Job = tuple[Record, Path, str, bool]  # video, folder it must lie in, its name in the manifest, deep
 
@@ -105,32 +105,52 @@ def _files(root: Path) -> Iterator[tuple[Record, Path]]:
 
 
 def _looks(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
+    looks = _Looks(jobs)
     if workers <= 1 or len(jobs) < 2:
-        yield from map(_look, jobs)
+        yield from map(looks.look, range(len(jobs)))
         return
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=fork, initializer=_quiet) as pool:
-        try:
-            yield from pool.map(_look, jobs, chunksize=16)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _quiet() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-
-
-def _look(job: Job) -> dict[str, Any]:
-    record, folder, name, deep = job
-    size, mtime_ns = stamp(record)
-    line: dict[str, Any] = {"path": name, "size": size, "mtime_ns": mtime_ns, "deep": deep}
+    parts = [range(i, min(i + PART, len(jobs))) for i in range(0, len(jobs), PART)]
+    pool = Workers(looks, min(workers, len(parts)))
     try:
-        held = probe(record.path, folder, record.within, deep=deep)
-    except VideoError as error:
-        return {**line, "verdict": error.kind, "reason": error.reason}
-    short = held.pop("short")
-    return {**line, "verdict": "short" if short else "ok", "reason": short, **held}
+        for lines in pool.batches(parts):
+            yield from lines
+    finally:
+        pool.close()
+
+
+class _Looks:
+    """What the watched processes of pipelines/workers.py do: a part of the jobs, line by line."""
+
+    labels = False
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs = jobs
+        self.paths = [record.path for record, *_ in jobs]
+        self.bad: dict[int, Failure] = {}
+        self.at: Any = [-1.0, 0.0]
+
+    def make(self, part: range) -> list[dict[str, Any]]:
+        return [self.look(number) for number in part]
+
+    def failure(self, number: int, kind: str, reason: str) -> Failure:
+        return Failure(self.jobs[number][2], str(self.paths[number]), kind, reason)
+
+    def look(self, number: int) -> dict[str, Any]:
+        record, folder, name, deep = self.jobs[number]
+        size, mtime_ns = stamp(record)
+        line: dict[str, Any] = {"path": name, "size": size, "mtime_ns": mtime_ns, "deep": deep}
+        if number in self.bad:
+            return {**line, "verdict": self.bad[number].kind, "reason": self.bad[number].reason}
+        self.at[1] = time.monotonic()
+        self.at[0] = number
+        try:
+            held = probe(record.path, folder, record.within, deep=deep)
+        except VideoError as error:
+            return {**line, "verdict": error.kind, "reason": error.reason}
+        finally:
+            self.at[0] = -1
+        short = held.pop("short")
+        return {**line, "verdict": "short" if short else "ok", "reason": short, **held}
 
 
 def _rewrite(manifest: Path, found: dict[str, dict[str, Any]]) -> None:
@@ -168,6 +188,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130

@@ -225,8 +225,10 @@ def last_block(
         return block(cls, x)
     if whole == 0:
         return block(cls, x, cls_only=True)[0], x[:0]
-    first, tokens = block(cls[:whole], x[:whole])
-    rest, _ = block(cls[whole:], x[whole:], cls_only=True)
+    sizes = [whole, cls.shape[0] - whole]
+    (first_cls, rest_cls), (first_x, rest_x) = cls.split(sizes), x.split(sizes)
+    first, tokens = block(first_cls, first_x)
+    rest, _ = block(rest_cls, rest_x, cls_only=True)
     return torch.cat([first, rest]), tokens
 
 

@@ -146,8 +146,8 @@ class FrameEncoder(nn.Module):
         elif whole == 0:
             cls, x = self.norm(last(z, cls_only=True))[:, :, 0], z[:0, :, 1:]
         else:  # of the other clips the class tokens alone
-            first = self.norm(last(z[:whole]))
-            rest = self.norm(last(z[whole:], cls_only=True))
+            first, rest = z.split([whole, B - whole])
+            first, rest = self.norm(last(first)), self.norm(last(rest, cls_only=True))
             cls, x = torch.cat([first[:, :, 0], rest[:, :, 0]]), first[:, :, 1:]
         return cls if self.pre_logits is None else self.pre_logits(cls), x
 
