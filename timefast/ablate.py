@@ -95,8 +95,9 @@ def run(args: Namespace) -> int:
         )
     if args.record is not None and not args.record.is_dir():
         raise InputError(f"--record {args.record}: there is no such folder")
+    given_out = flags.pop(("run", "out"), None)  # says where, and is no part of what was run
     config = recipe_with(args.recipe, flags)
-    out = flags.pop(("run", "out"), None) or Path("runs") / f"ablate-{config.recipe}"
+    out = given_out or Path("runs") / f"ablate-{config.recipe}"
     plans = [
         Plan.of(config, flags, losses, seed, out)
         for seed in dict.fromkeys(args.seeds)
