@@ -297,10 +297,9 @@ def main() -> None:
         sys.exit(
             "bench.compile_table: unset TRITON_INTERPRET; an interpreting process cannot compile"
         )
-    shapes = PAPER if args.few or args.also else SHAPES
+    shapes, targets = (PAPER, (80, 90)) if args.few or args.also else (SHAPES, tuple(TARGETS))
     if args.only:
         shapes = {steps[args.only]: shapes[steps[args.only]]}
-    targets = (80, 90) if shapes is PAPER else TARGETS
     dtypes = (torch.bfloat16,) if args.few else (torch.bfloat16, torch.float32)  # fp16 is as bf16
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(reading, variants(shapes, targets, dtypes)))

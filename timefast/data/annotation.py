@@ -7,6 +7,9 @@ from typing import Any
 
 from timefast.errors import InputError
 
+MOST_CLASSES = 100_000  # names and a head's rows are made for each, so a slip costs all memory
+MOST_DIGITS = 18  # of a number in a list
+
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, with or without byte order mark; InputError if it cannot be."""
@@ -40,6 +43,16 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: no annotation file ({error})") from error
 
 
+def numbered_classes(path: Path, most: int) -> tuple[str, ...]:
+    """Names "0".."most" where a data set has none; InputError for a number that cannot be meant."""
+    if most >= MOST_CLASSES:
+        raise InputError(
+            f"{path}: a label is {most}, and up to {MOST_CLASSES} classes are supported; is another "
+            "number (of frames, an id) in the place of the label?"
+        )
+    return tuple(str(label) for label in range(most + 1))
+
+
 def refuse(path: Path, problem: str, offenders: Sequence[str], advice: str) -> None:
     """Raise InputError if there are offenders, showing the first three and counting the rest."""
     if not offenders:
@@ -47,6 +60,11 @@ def refuse(path: Path, problem: str, offenders: Sequence[str], advice: str) -> N
     shown = "; ".join(o if len(o) <= 200 else o[:197] + "..." for o in offenders[:3])
     rest = f"; and {len(offenders) - 3} more" if len(offenders) > 3 else ""
     raise InputError(f"{path}: {problem}: {shown}{rest}. {advice}")
+
+
+def is_number(text: str) -> bool:
+    """Whether a field of a list is a whole number, 0 or more, of a length that can be meant."""
+    return text.isdecimal() and len(text) <= MOST_DIGITS
 
 
 def is_plain_relative(name: str) -> bool:

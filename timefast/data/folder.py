@@ -11,10 +11,17 @@ order.
 
 import csv
 import logging
+import re
 from pathlib import Path
 from typing import Literal
 
-from timefast.data.annotation import is_plain_relative, read_text, refuse
+from timefast.data.annotation import (
+    is_number,
+    is_plain_relative,
+    numbered_classes,
+    read_text,
+    refuse,
+)
 from timefast.data.batch import Record, VideoSet
 from timefast.data.subsets import subset_labels
 from timefast.errors import InputError
@@ -48,9 +55,12 @@ def load_list(root: Path, split: Literal["train", "validation"], path: Path) -> 
     if not classes:
         other = find_list(root, "validation" if split == "train" else "train")
         most = max(label for _, label in rows + (_rows(other, 0) if other else []))
-        classes = tuple(str(label) for label in range(most + 1))
+        classes = numbered_classes(path, most)
     bad = [f"{p} has {label}" for p, label in rows if not 0 <= label < len(classes)]
     refuse(path, f"labels outside 0..{len(classes) - 1}", bad, f"Correct them or {names.name}.")
+    first: dict[str, int] = {}
+    bad = [f"{p} has {first[p]} and {y}" for p, y in rows if first.setdefault(p, y) != y]
+    refuse(path, "videos listed with two labels", bad, "Remove the wrong lines.")
     records = tuple(Record(p, root / p, label, classes[label]) for p, label in rows)
     return VideoSet("list", split, root, records, classes, subset_labels(root, classes))
 
@@ -84,14 +94,19 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 def _rows(path: Path, classes: int) -> list[tuple[str, int]]:
     """Paths and labels; of how many classes, or 0."""
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
     paths: list[str] = []
     numbers: list[list[int]] = []
     bad = []
-    for number, line in enumerate(lines, start=1):
-        delimiter = next((d for d in "\t," if d in line), " ")
-        fields = [f.strip() for f in next(csv.reader([line], delimiter=delimiter)) if f.strip()]
-        if len(fields) not in (2, 3) or not all(f.isdecimal() for f in fields[1:]):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        unquoted = re.sub(r'"[^"]*"', "", line)  # a path in quotes may have commas
+        delimiter = next((d for d in "\t," if d in unquoted), " ")
+        try:
+            fields = [f.strip() for f in next(csv.reader([line], delimiter=delimiter)) if f.strip()]
+        except csv.Error:  # a field longer than any path
+            fields = []
+        if len(fields) not in (2, 3) or not all(map(is_number, fields[1:])):
             bad.append(f"line {number}: {line[:80]!r}")
         else:
             paths.append(fields[0])

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from timefast.data.annotation import is_plain_relative, read_text, refuse
+from timefast.data.annotation import is_number, is_plain_relative, read_text, refuse
 from timefast.data.batch import Record, VideoSet
 from timefast.data.subsets import subset_labels
 from timefast.errors import InputError
@@ -63,15 +63,22 @@ def _first_line(path: Path) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    rows = list(csv.DictReader(read_text(path).splitlines()))
+    reader = csv.DictReader(read_text(path).splitlines())
+    try:
+        numbered = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {reader.line_num}: {error}; a quotation mark may be missing"
+        ) from error
+    rows = [row for _, row in numbered]
     if not rows:
         raise InputError(f"{path}: the split is empty; is it the right file?")
     bad = [
         f"line {number}"
-        for number, row in enumerate(rows, start=2)
+        for number, row in numbered
         if not all(row.get(name) for name in _COLUMNS)
-        or not row["time_start"].isdecimal()
-        or not row["time_end"].isdecimal()
+        or not is_number(row["time_start"])
+        or not is_number(row["time_end"])
     ]
     refuse(path, f"lines without {', '.join(_COLUMNS)}", bad, "Times are whole seconds.")
     bad = [

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from timefast.data.annotation import is_plain_relative, read_text, refuse
+from timefast.data.annotation import is_plain_relative, numbered_classes, read_text, refuse
 from timefast.data.batch import Record, VideoSet
 from timefast.data.folder import VIDEO_SUFFIXES
 from timefast.data.subsets import subset_labels
@@ -42,13 +42,15 @@ def load(root: Path, split: Literal["train", "validation"], folder: Path) -> Vid
         for path in (folder.glob(f"{name}-*.tar") if folder == root else folder.glob("*.tar"))
     )
     found = [(shard, *sample) for shard in shards for sample in _samples(shard)]
+    if not found:
+        raise InputError(f"{folder}: the tar files of split {split} hold no samples")
     bad = [f"{shard.name}: {key}" for shard, key, video, _ in found if video is None]
     refuse(folder, "samples without a video", bad, f"Endings: {', '.join(sorted(VIDEO_SUFFIXES))}.")
     bad = [f"{shard.name}: {key}" for shard, key, _, label in found if label is None]
     refuse(folder, "samples without a label", bad, "Expected .cls, or .json with `label`.")
     bad = [f"{shard.name}: {key!r}" for shard, key, _, _ in found if not is_plain_relative(key)]
     refuse(folder, "names that could lead out of the tar file", bad, "Nothing was read.")
-    classes = _classes(root, split, found)
+    classes = _classes(root, split, found, folder)
     label_of: dict[Any, int] = {name: label for label, name in enumerate(classes)}
     label_of |= {label: label for label in range(len(classes))}
     bad = [f"{shard.name}: {key} has {y!r}" for shard, key, _, y in found if y not in label_of]
@@ -83,6 +85,11 @@ def _samples(shard: Path) -> Iterator[tuple[str, Place | None, int | str | None]
                 else:
                     continue
                 found[key] = video, label
+            end = tar.offset  # at damage behind the first member tarfile stops without a word
+        with shard.open("rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"damaged, or at its end, at byte {end}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise InputError(
             f"{shard}: cannot be read as a tar file ({error}); it may be cut off or compressed"
@@ -101,7 +108,7 @@ def _label(raw: bytes, ending: str) -> int | str | None:
     return label if isinstance(label, int | str) else None
 
 
-def _classes(root: Path, split: str, found: list[Any]) -> tuple[str, ...]:
+def _classes(root: Path, split: str, found: list[Any], shards: Path) -> tuple[str, ...]:
     names = root / "classes.txt"
     if names.is_file():
         return tuple(line.strip() for line in read_text(names).splitlines() if line.strip())
@@ -113,4 +120,4 @@ def _classes(root: Path, split: str, found: list[Any]) -> tuple[str, ...]:
         pattern = [f"{n}-*.tar" for n in _NAMES[other]] if folder == root else ["*.tar"]
         for shard in (path for p in pattern for path in folder.glob(p)):
             labels |= {label for _, _, label in _samples(shard) if isinstance(label, int)}
-    return tuple(str(label) for label in range(max(labels) + 1))
+    return numbered_classes(shards, max(labels))
