@@ -5,6 +5,7 @@ and the video is bad from then on; one that was killed is replaced and its batch
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import time
@@ -53,6 +54,9 @@ class Workers:
         self._crashed: set[int] = set()
         self._restarts = 0
         self._closed = False
+        # made here, so that all use it and this process removes it at its end: the sockets over
+        # which tensors come lie in it, and a worker that is killed removes nothing
+        multiprocessing.util.get_temp_dir()
         self._workers = [self._start() for _ in range(count)]
         multiprocessing.util.Finalize(self, _end, (self._workers,), exitpriority=20)
 

@@ -47,8 +47,8 @@ def numbered_classes(path: Path, most: int) -> tuple[str, ...]:
     """Names "0".."most" where a data set has none; InputError for a number that cannot be meant."""
     if most >= MOST_CLASSES:
         raise InputError(
-            f"{path}: a label is {most}, and up to {MOST_CLASSES} classes are supported; is another "
-            "number (of frames, an id) in the place of the label?"
+            f"{path}: a label is {most}, and up to {MOST_CLASSES} classes are supported; is "
+            "another number (of frames, an id) in the place of the label?"
         )
     return tuple(str(label) for label in range(most + 1))
 
