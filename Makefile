@@ -3,7 +3,7 @@ PYTHON ?= .venv/bin/python
 .PHONY: test lint bench demo gpu
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto
 
 lint:
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from timefast.data.batch import Record, VideoSet
+from timefast.errors import InputError
 from timefast.log import JsonLines, read_json_lines
 from timefast.pipelines.cpu_decode import VideoError
 
@@ -21,10 +22,9 @@ logger = logging.getLogger("timefast")
 
 NAME = "timefast-scan.jsonl"
 USABLE = ("ok", "short")
-# not in the bytes of the file, so that it may be mended without a change of size and time
-PASSING = (
-    "missing", "dangling-link", "permission", "outside-root", "no-decoder", "timeout", "crash",
-)  # fmt: skip
+# not in the bytes of the file: may be mended without a change of its size and time, and costs
+# nothing to find out again
+MENDABLE = ("missing", "dangling-link", "permission", "outside-root", "no-decoder")
 _NUMBERS = ("frames", "height", "width", "rotation", "resized", "hidden")
 _WORDS = ("codec", "pixel_format", "verdict")
 
@@ -49,8 +49,16 @@ def stamp(record: Record) -> tuple[int, int]:
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """The newest line of each video, by its path. Lines that are not of a manifest are left out."""
-    return {line["path"]: line for line in read_json_lines(path) if _is_line(line)}
+    """The newest line of each video, by its path. Lines that are not of a manifest are left out.
+
+    Raises InputError if there is a file that cannot be read."""
+    try:
+        return {line["path"]: line for line in read_json_lines(path) if _is_line(line)}
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); make it readable or remove it, it is made "
+            "anew by `python -m timefast.scan`"
+        ) from error
 
 
 def _is_line(line: Any) -> bool:
@@ -88,6 +96,8 @@ class Known:
         self._stamps[sample] = line["size"], line["mtime_ns"]
         self._facts[sample] = -1
         self._bad.pop(sample, None)
+        if line["verdict"] in MENDABLE:
+            return
         if line["verdict"] not in USABLE:
             self._bad[sample] = line["verdict"], line.get("reason") or ""
         elif all(isinstance(line.get(name), int) for name in _NUMBERS):

@@ -27,7 +27,7 @@ from timefast.data.rng import generator
 from timefast.data.sampling import distinct_views, train_frames, view_frames
 from timefast.pipelines.cpu_decode import VideoError, check_file, decode, probe, read_bytes
 from timefast.pipelines.labels import clip_labels
-from timefast.pipelines.manifest import USABLE, Known, stamp
+from timefast.pipelines.manifest import MENDABLE, USABLE, Known, stamp
 
 Job = tuple[int, int, int]  # epoch, first and end position in its order
 BackEnd = Literal["cpu", "mixed"]  # DALI's names: on the CPU, or file on the CPU and frames on GPU
@@ -206,8 +206,7 @@ class Samples:
 
     def _learn(self, sample: int, record: Record, line: dict[str, Any], seen: Seen) -> None:
         """Remember what a file holds, and pass it on, unless a scan has said so before."""
-        passing = ("timeout", "missing")  # may be the fault of the machine, or mended any time
-        if line["verdict"] in passing:
+        if line["verdict"] in (*MENDABLE, "timeout"):  # which may be the fault of the machine
             return
         more = "resized" in line and self.known.held(sample, record) is None
         if self.known.fits(sample, record) and line["verdict"] in USABLE and not more:

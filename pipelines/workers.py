@@ -210,5 +210,5 @@ def _serve(pipe: Connection, theirs: Connection, work: Work, at: Any, run: Any) 
                 pipe.send((this_run, number, result))
             except RuntimeError:  # torch, when there is no room for shared memory
                 pipe.send((this_run, number, traceback.format_exc()))
-        except (EOFError, BrokenPipeError):  # nobody is there any more
+        except (EOFError, ConnectionError):  # nobody is there any more
             return

@@ -1,9 +1,15 @@
-"""Before anything imports Triton: without a GPU its kernels run in the interpreter."""
+"""Before anything imports Triton: without a GPU its kernels run in the interpreter. With several
+test processes (`pytest -n auto`) each, and what it starts, takes its share of the cores."""
 
 import os
 
 import pytest
-import torch
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    share = max(1, len(os.sched_getaffinity(0)) // workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
+import torch  # noqa: E402  (reads that number when it is imported)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

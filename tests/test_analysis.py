@@ -1,16 +1,22 @@
 """What a model knows about time: order probe, confidence gap, Grad-CAM, predictions."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from test_models import clip, small
 
 from timefast import confidence, gradcam, predict, probe
 from timefast.charts import model_names, save_confidence, save_probe, shown_range
+from timefast.eval import __main__ as evaluate
 from timefast.eval.accuracy import Predictions
 from timefast.eval.tokens import frame_features, patch_tokens, watching
+from timefast.weights import describe
 
 KINDS = {
     "timesformer": {},
@@ -205,6 +211,43 @@ def test_gradcam_command_writes_strip_motion_and_map(tiny_run, tmp_path, capsys)
     assert "Lifting something up" in capsys.readouterr().out
 
 
+def test_maps_of_tubes_stand_beside_maps_of_frames(tiny_run, tmp_path, capsys):
+    video = str(next((tiny_run.parent / "data" / "videos").glob("*.webm")))
+
+    def saved(length, tube):
+        sizes = {"num_classes": 12, "frames": length, "image_size": 16, "tube": tube}
+        model = small("motionformer", **sizes)
+        about = {"timefast": json.dumps(describe(model))}
+        save_file(model.state_dict(), tmp_path / "tubes.safetensors", metadata=about)
+        beside = ["--beside", str(tmp_path / "tubes.safetensors"), "--out", str(tmp_path)]
+        return gradcam.main([str(tiny_run), video, *beside])
+
+    assert saved(8, 2) == 0
+    record = json.loads(next(tmp_path.glob("gradcam-*.json")).read_text())
+    assert [len(model["map"]) for model in record["models"]] == [8, 4]
+    with Image.open(next(tmp_path.glob("gradcam-*.gif"))) as motion:
+        assert motion.n_frames == 8 and motion.size == (3 * gradcam.FRAME, gradcam.FRAME)
+    assert saved(16, 1) == 2
+    assert "name one length with --frames" in capsys.readouterr().err
+
+
+def test_answers_that_are_not_finite_are_refused(tiny_run, tmp_path, capsys):
+    model = small(num_classes=12, image_size=16)
+    model.norm.weight.data.fill_(float("nan"))
+    file, video = tmp_path / "nan.safetensors", next((tiny_run.parent / "data").rglob("*.webm"))
+    save_file(model.state_dict(), file, metadata={"timefast": json.dumps(describe(model))})
+    out, data = ["--out", str(tmp_path)], ["--data", str(tiny_run.parent / "data")]
+    assert predict.main([str(file), str(video), "--workers", "0"]) == 1
+    assert gradcam.main([str(file), str(video), *out]) == 1
+    assert confidence.main([str(file), *data, "--workers", "0", *out]) == 1
+    assert evaluate.main([str(file), *data, "--workers", "0"]) == 1
+    model.blocks[1].norm1.weight.data.fill_(float("nan"))
+    save_file(model.state_dict(), file, metadata={"timefast": json.dumps(describe(model))})
+    assert probe.main([str(file), *data, "--workers", "0", *out]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("not finite") == 5 and "top-1" not in said.out
+
+
 # ---- predict
 
 
@@ -230,6 +273,16 @@ def test_predictions_come_in_order_and_a_broken_video_names_itself(tiny_run, tmp
     assert (best["class"], best["probability"]) == (
         rows[3][3], pytest.approx(float(rows[3][2]), abs=1e-5),
     )  # fmt: skip
+
+
+def test_a_reader_who_stops_reading_is_no_error(tiny_run):
+    video = str(next((tiny_run.parent / "data" / "videos").glob("*.webm")))
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "timefast.predict", str(tiny_run), video, "--workers", "0"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1 and "Error" not in done.stderr
 
 
 def test_a_table_on_a_terminal(tiny_run, monkeypatch, capsys):
@@ -275,10 +328,12 @@ def test_a_labels_file_that_numbers_no_classes_is_refused(tiny_run, tmp_path, co
         (probe, ["--train-videos", "0"], "--train-videos: expected at least 1"),
         (probe, ["--data", "/no/such/data"], "does not exist"),
         (probe, ["--out", "/dev/null/x"], "--out /dev/null/x: cannot be made"),
+        (probe, ["--out", "/proc"], "--out /proc: nothing can be written there"),
         (confidence, ["--shuffles", "0"], "--shuffles: expected at least 1"),
         (confidence, ["--subset", "nope"], "neither a file nor a subset"),
         (gradcam, ["VIDEO", "--class", "12"], "has 12 classes, from 0 on"),
         (gradcam, ["VIDEO", "--class", "Lifting up"], "near it: 'Lifting something up'"),
+        (gradcam, ["VIDEO", "--class", "²"], "nor a number from 0 to 11"),
         (gradcam, ["VIDEO", "--block", "3"], "has blocks 1 to 2"),
         (gradcam, ["/no/such.webm"], "missing, there is no such file"),
         (gradcam, [__file__], "not-a-video"),
@@ -286,6 +341,8 @@ def test_a_labels_file_that_numbers_no_classes_is_refused(tiny_run, tmp_path, co
         (predict, ["VIDEO", "--labels", __file__], "names, the model has 12 classes"),
         (predict, ["VIDEO", "--top", "0"], "--top: expected at least 1"),
         (predict, ["VIDEO", "--heads", "3"], "heads=2, not 3"),
+        (predict, ["VIDEO", "--frames", "0"], "frames: expected a number from 1 on"),
+        (predict, ["VIDEO", "--set", "impl=auto"], "has its own place on the command line"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip

@@ -63,6 +63,30 @@ def test_nothing_is_overwritten_and_missing_weights_need_consent(tmp_path, capsy
     assert "exists; nothing is overwritten" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("dest", "to"),
+    [
+        ("no/a.safetensors", None), ("no/a.pth", "time"), ("/proc/a.safetensors", None),
+        ("/proc/a.pth", "time"), ("/proc/a.safetensors", "time"), ("a.pth/b", "hf"),
+    ],
+)  # fmt: skip
+def test_where_nothing_can_be_written_one_line_says_so(tmp_path, dest, to, capsys):
+    save_file(small().state_dict(), tmp_path / "in.safetensors")
+    (tmp_path / "a.pth").touch()
+    flags = ["--heads", "2", *(["--to", to] if to else [])]
+    assert main([str(tmp_path / "in.safetensors"), str(tmp_path / dest), *flags]) == 2
+    error = capsys.readouterr().err
+    assert "there is no folder" in error or "cannot be written" in error
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.pth", "in.safetensors"]
+
+
+def test_a_file_that_cannot_tell_the_heads_is_warned_of(tmp_path, capsys):
+    save_file(small().state_dict(), tmp_path / "in.safetensors")
+    flags = ["--heads", "2", "--to", "time"]
+    assert main([str(tmp_path / "in.safetensors"), str(tmp_path / "out.pth"), *flags]) == 0
+    assert "2 attention heads of width 16" in capsys.readouterr().err
+
+
 def test_xvit_of_the_original_project_has_other_names():
     state = small("xvit", time_heads=False).state_dict()
     foreign = to_xvit(state)

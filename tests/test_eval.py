@@ -252,7 +252,8 @@ def test_no_headline_number_when_videos_are_missing(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["/no/such/run"], ["--views", "2y3"], ["--views", "1x2"], ["--json", "/no/such/x.json"],
+        ["/no/such/run"], ["--views", "2y3"], ["--views", "1x2"], ["--views", "²x1"],
+        ["--json", "/no/such/x.json"],
         ["--shuffles", "0"], ["--seed", "-1"], ["--batch-size", "0"], ["--workers", "-1"],
         ["--impl", "quick"], ["--device", "meta"], ["--subset", __file__],
     ],

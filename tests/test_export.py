@@ -90,6 +90,16 @@ def test_a_program_that_computes_something_else_is_not_kept(
     assert "nothing is kept" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
+def test_a_model_that_torch_cannot_export_gives_one_line(tiny_run, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise TypeError("no such operator\nand a page more")
+
+    monkeypatch.setitem(export.WRITERS, ".pt2", fails)
+    assert export.main([str(tiny_run), str(tmp_path / "m.pt2")]) == 1
+    said = capsys.readouterr().err
+    assert "(TypeError: no such operator); nothing is kept" in said and "a page more" not in said
+
+
 def test_what_cannot_be_written_is_refused(tiny_run, tmp_path, monkeypatch, capsys):
     def refused(dest: Path) -> str:
         assert export.main([str(tiny_run), str(dest)]) == 2
@@ -97,6 +107,7 @@ def test_what_cannot_be_written_is_refused(tiny_run, tmp_path, monkeypatch, caps
 
     assert "ends in .pt2 or .onnx" in refused(tmp_path / "model.pth")
     assert "there is no folder" in refused(tmp_path / "no" / "model.onnx")
+    assert "cannot be written" in refused(Path("/proc/model.pt2"))
     (tmp_path / "model.onnx").touch()
     assert "nothing is overwritten" in refused(tmp_path / "model.onnx")
     model = small("motionformer", approx="orthoformer", landmarks=4)

@@ -67,6 +67,9 @@ def test_kinetics_is_read_by_its_own_annotation(tmp_path, place):
     [
         (HEAD, "empty"),
         (HEAD + "a,b,0\n", "line 2"),
+        (HEAD + "a,b,0,10,train\n\na,c,0,x,train\n", "line 4"),
+        (HEAD + f"a,b,0,{'9' * 5000},train\n", "line 2"),
+        (HEAD + f"a,{'b' * 200_000},0,10,train\n", "after line 1"),
         (HEAD + "a,b,0,x,train\n", "whole seconds"),
         (HEAD + "a,../../b,0,10,train\n", "lead out"),
         (HEAD + "../a,b,0,10,train\n", "lead out"),
@@ -140,6 +143,36 @@ def test_list_with_two_and_three_columns_is_refused(tmp_path):
     assert "two columns and some three" in refusal(fill(tmp_path, {"train.txt": "a 0\nb 1 20\n"}))
 
 
+def test_paths_in_quotes_may_have_commas(tmp_path):
+    lines = '"my clips/a, b.webm" 0\r\n"c d.webm",1\r\n"e, f.webm","2"\r\n'
+    records = open_videos(fill(tmp_path, {"train.csv": lines}), "train").records
+    expected = [("my clips/a, b.webm", 0), ("c d.webm", 1), ("e, f.webm", 2)]
+    assert [(r.id, r.label) for r in records] == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("a 0\n\n\nb\n", "line 4: 'b'"),
+        ("a 0\na 1\n", "with two labels: a has 0 and 1"),
+        ("a 0\nb 300000000\n", "up to 100000 classes"),
+        (f"a 0\nb {'9' * 5000}\n", "line 2"),
+        (f"{'a' * 200_000} 0\n", "line 1"),
+    ],
+)
+def test_lists_that_cannot_be_meant_are_refused(tmp_path, lines, says):
+    assert says in refusal(fill(tmp_path, {"train.csv": lines}))
+
+
+def test_folder_that_may_not_be_listed_is_wrong_input(tmp_path, monkeypatch):
+    def refusing(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "train" / "run").mkdir(parents=True)
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    assert "train: cannot be read (Permission denied)" in refusal(tmp_path)
+
+
 # -- WebDataset
 
 
@@ -206,6 +239,17 @@ def test_shards_are_scanned_like_files(tmp_path, clips):
     assert bad.kind == "not-a-video" and bad.path.endswith("train-000002.tar/a.webm")
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_shard_that_ends_or_breaks_between_members_is_refused(tmp_path, damage):
+    path = tmp_path / "train-0.tar"
+    shard(path, {"a.mp4": b"-", "a.cls": b"0", "b.mp4": b"-", "b.cls": b"1"})
+    raw = bytearray(path.read_bytes())
+    place = 4 * tarfile.BLOCKSIZE  # of the header of b.mp4
+    raw[place] ^= 1
+    path.write_bytes(raw[:place] if damage == "cut" else raw)
+    assert f"at byte {place}" in refusal(tmp_path)
+
+
 def test_labels_of_shards_may_be_numbers_or_names_in_json(tmp_path):
     shard(tmp_path / "train/0.tar", {
         "deep/a.mp4": b"-", "deep/a.json": json.dumps({"label": "walk"}).encode(),
@@ -229,6 +273,10 @@ def test_shards_that_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "train-0.tar"
     path.write_bytes(b"\x1f\x8b" + bytes(600))
     assert "cannot be read as a tar file" in refusal(tmp_path)
+    shard(path, {})
+    assert "hold no samples" in refusal(tmp_path)
+    shard(path, {"a.mp4": b"-", "a.cls": b"300000000"})
+    assert "up to 100000 classes" in refusal(tmp_path)
     shard(path, {"a.mp4": b"-"})
     assert "samples without a label: train-0.tar: a" in refusal(tmp_path)
     shard(path, {"../a.mp4": b"-", "../a.cls": b"0"})

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import tempfile
 import time
 from dataclasses import replace
 
@@ -887,11 +888,13 @@ def test_error_of_ours_in_a_worker_is_shown_with_its_place(videos, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["killed", "exit"])
-def test_workers_end_with_the_process_that_started_them(videos, how):
+def test_workers_end_with_the_process_that_started_them(videos, how, tmp_path, capfd):
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe()
 
     def run():
+        multiprocessing.current_process()._config.pop("tempdir", None)  # of the tests
+        tempfile.tempdir = str(tmp_path)
         reader = loader(videos, 12, workers=2)
         next(reader.batches(0))
         theirs.send(reader._pool.pids)
@@ -907,6 +910,9 @@ def test_workers_end_with_the_process_that_started_them(videos, how):
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert "Traceback" not in capfd.readouterr().err
+    if how == "exit":
+        assert os.listdir(tmp_path) == []  # nor is anything left behind
 
 
 def is_alive(pid):

@@ -25,7 +25,7 @@ def test_ci_sets_up_and_tests_by_the_commands_of_the_readme():
     script = (ROOT / ".ci/run").read_text("utf-8").splitlines()
     first, second = (block.strip() for block in blocks("sh")[:2])
     assert first.endswith("python -m timefast.train --backbone timesformer")
-    assert second.endswith("python -m pytest")
+    assert second.endswith("python -m pytest -n auto")
     assert script.index(first) < script.index(second)
 
 

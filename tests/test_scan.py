@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from timefast import scan as scan_module
+from timefast.data.batch import ClipSpec, Record, VideoSet
 from timefast.demo_data import encode, write_demo_data
 from timefast.errors import InputError
 from timefast.pipelines import cpu_decode
 from timefast.pipelines.cpu_decode import VideoError, probe
+from timefast.pipelines.loader import ClipLoader
 from timefast.pipelines.manifest import NAME, read_manifest
-from timefast.scan import main, scan
+from timefast.scan import main, scan, table
 
 
 @pytest.fixture
@@ -88,6 +90,54 @@ def test_second_scan_looks_at_new_and_changed_files_only(folder, monkeypatch):
     assert "2.webm" not in read_manifest(folder / NAME)
     scan(folder, deep=True, workers=1)
     assert len(looked) == 5  # all four, since none was decoded to its end before
+
+
+def test_what_was_mended_without_a_change_of_the_file_is_seen(tmp_path_factory, folder):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "3.webm"
+    elsewhere.write_bytes((folder / "1.webm").read_bytes())
+    (folder / "3.webm").symlink_to(elsewhere)
+    assert scan(folder, workers=1)["3.webm"]["verdict"] == "outside-root"
+    moved = folder / "b" / "moved.mkv"
+    elsewhere.rename(moved)  # size and time stay
+    (folder / "3.webm").unlink()
+    (folder / "3.webm").symlink_to(moved)
+    batch = next(ClipLoader(
+        open_folder(folder, "3.webm"), ClipSpec(frames=2, crop=16, short_side=(32, 32)), train=True,
+        batch_size=1, pipeline="cpu",
+    ).batches(0))  # fmt: skip
+    assert not batch.failures
+    (folder / NAME).write_text((folder / NAME).read_text().replace('"by": "training"', '"x": 0'))
+    assert scan(folder, workers=1)["3.webm"]["verdict"] == "ok"
+
+
+def open_folder(root, *names):
+    records = tuple(Record(name, root / name, 0, "a") for name in names)
+    return VideoSet("list", "train", root, records, ("a",))
+
+
+def test_folders_that_cannot_be_listed_are_named(folder, monkeypatch, caplog):
+    listed = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with caplog.at_level("WARNING", "timefast"):
+        assert set(scan(folder, workers=1)) == {"1.webm", "2.webm"}
+    assert f"{folder}/b: Permission denied" in caplog.text
+
+
+def test_manifest_that_cannot_be_read_is_wrong_input(folder, capsys):
+    (folder / NAME).mkdir()
+    assert main([str(folder)]) == 2
+    assert f"{NAME}: cannot be read" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text_are_printed(folder):
+    (folder / os.fsdecode(b"\xff.webm")).touch()
+    assert "\\udcff.webm: empty" in table(scan(folder, workers=1))
 
 
 def test_interrupted_scan_goes_on_where_it_stopped(folder, monkeypatch):

@@ -19,11 +19,11 @@ def save_probe(record: dict[str, Any], path: Path) -> None:
         values = model["accuracy"]
         look = {"color": _colour(number), "lw": 1.8, "ms": 4, "zorder": 10 - number}
         axes.plot(range(1, len(values) + 1), values, "o-", label=name, clip_on=False, **look)
-    chance = models[0]["chance"]
-    axes.axhline(chance, color=_SOFT, lw=1, ls=(0, (2, 3)))
     depth = max(len(model["accuracy"]) for model in models)
-    axes.annotate("chance", (depth, chance), (0, 3), textcoords="offset points", ha="right",
-                  color=_SOFT, fontsize=8)  # fmt: skip
+    for chance in sorted({model["chance"] for model in models}):  # clips of other lengths
+        axes.axhline(chance, color=_SOFT, lw=1, ls=(0, (2, 3)))
+        axes.annotate("chance", (depth, chance), (0, 3), textcoords="offset points", ha="right",
+                      color=_SOFT, fontsize=8)  # fmt: skip
     axes.set_ylim(0, 100)
     axes.set_xticks(range(1, depth + 1))
     _finish(figure, axes, path, len(models))

@@ -30,6 +30,7 @@ from timefast.eval.source import (
     origin,
     parse_views,
     progress,
+    refuse_not_finite,
     surroundings,
     written,
 )
@@ -98,6 +99,7 @@ def measure(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     )
     loader.close()
     account(predictions.failures, predictions.notices, videos, args.allow_missing)
+    refuse_not_finite(source, predictions.original)
     if not len(predictions.label):
         raise InputError(f"no video of {videos.root} can be decoded")
     spec = source.spec

@@ -10,6 +10,7 @@ no function.
 import json
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -397,7 +398,10 @@ def _table_size(
 ) -> int | list[int]:
     """The image size that a position table of `rows` patches was made for."""
     if image_size is not None:
-        gh, gw = grid_of(image_size, patch_size)
+        try:
+            gh, gw = grid_of(image_size, patch_size)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         if gh * gw == rows:
             return image_size if isinstance(image_size, int) else list(image_size)
     side = math.isqrt(rows)
@@ -458,12 +462,14 @@ def write_converted(source: Path, dest: Path, to: str | None, **options: Any) ->
     """Read `source` with `load_model(source, **options)` and write it to `dest`.
 
     Raises InputError if it cannot be read, if the family does not know the backbone, or if `dest`
-    exists.
+    exists or cannot be written.
     """
     from timefast.weights import describe, load_model, never_read
 
     if dest.exists():
         raise InputError(f"{dest} exists; nothing is overwritten, name another place")
+    if to != "hf" and not dest.parent.is_dir():
+        raise InputError(f"{dest}: there is no folder {dest.parent}")
     model = load_model(source, **options)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     unread = never_read(source)
@@ -480,6 +486,13 @@ def write_converted(source: Path, dest: Path, to: str | None, **options: Any) ->
     if to in ("motionformer", "xvit"):
         foreign |= unread
     _warn_of_normalisation(model, to)
+    heads, width = model.config["heads"], model.config["dim"]
+    if to != "hf" and heads * 64 != width:
+        logger.warning(
+            "this model has %d attention heads of width %d, which files of %s cannot say; whoever "
+            "loads it takes them for 64 wide unless told otherwise (here: --heads %d)",
+            heads, width // heads, to, heads,
+        )  # fmt: skip
     if to == "hf":
         files = {
             "config.json": _huggingface_config(model.config, model.classes),
@@ -488,14 +501,24 @@ def write_converted(source: Path, dest: Path, to: str | None, **options: Any) ->
                 "image_std": model.normalisation["std"],
             },
         }
-        dest.mkdir(parents=True)
-        for name, content in files.items():
-            (dest / name).write_text(json.dumps(content, indent=1), "utf-8")
+        try:
+            dest.mkdir(parents=True)
+            for name, content in files.items():
+                (dest / name).write_text(json.dumps(content, indent=1), "utf-8")
+        except OSError as error:
+            raise InputError(f"{dest}: cannot be written ({error.strerror})") from error
         _write_safetensors(dest / "model.safetensors", foreign, {"format": "pt"})
     elif dest.suffix == ".safetensors":
         _write_safetensors(dest, foreign, {"format": "pt"})
     else:
-        torch.save({"model_state": foreign}, dest)
+        part = dest.with_name(f"{dest.name}.part")  # it has its name when it is whole
+        try:
+            torch.save({"model_state": foreign}, part)
+            os.replace(part, dest)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+            raise InputError(f"{dest}: cannot be written ({error})") from error
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _warn_of_normalisation(model: Any, to: str) -> None:
@@ -515,9 +538,13 @@ def _warn_of_normalisation(model: Any, to: str) -> None:
 
 
 def _write_safetensors(file: Path, state: State, metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(state, file, metadata=metadata)
+    try:
+        save_file(state, file, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be written ({error})") from error
 
 
 def _huggingface_config(config: Mapping[str, Any], classes: list[str] | None) -> dict[str, Any]:

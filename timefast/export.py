@@ -62,10 +62,15 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{dest}: there is no folder {dest.parent}")
     if dest.suffix == ".onnx":
         _check_onnx()
+    part = dest.with_name(f".part-{dest.name}")  # it has its name when it is whole and checked
+    try:
+        part.touch()  # says so at once where nothing can be written
+        part.unlink()
+    except OSError as error:
+        raise InputError(f"{dest}: cannot be written ({error.strerror})") from error
     source = open_source(args.source, args)
     video = torch.randn(2, 3, source.spec.frames, source.spec.crop, source.spec.crop)
     about = json.dumps(description(source, args.labels))
-    part = dest.with_name(f".part-{dest.name}")  # it has its name when it is whole and checked
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters speak of their own insides
@@ -80,6 +85,14 @@ def run(args: argparse.Namespace) -> int:
         os.replace(part, dest)
     except OSError as error:
         raise InputError(f"{dest}: cannot be written ({error.strerror})") from error
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # of the exporters, which have no common class
+        first = (str(error).splitlines() or [""])[0]
+        raise RunError(
+            f"{dest}: torch {torch.__version__} cannot export this model ({type(error).__name__}: "
+            f"{first}); nothing is kept. Try the other format, or another version of torch"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
     shape = ", ".join(["clips", *map(str, video.shape[1:])])

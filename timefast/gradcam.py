@@ -29,6 +29,7 @@ from timefast.eval.source import (
     exit_code,
     open_source,
     origin,
+    refuse_not_finite,
     surroundings,
     video_batches,
     written,
@@ -84,6 +85,11 @@ def run(args: argparse.Namespace) -> int:
             logger.warning("used: %s: %s, %s", notice.path, notice.kind, notice.reason)
         if label is None and args.wanted is not None:
             label = _label(args.wanted, names)
+        if frames is not None and len(frames) != source.spec.frames:
+            raise InputError(
+                f"{path} takes clips of {source.spec.frames} frames, {args.source} of "
+                f"{len(frames)}; to see them side by side name one length with --frames"
+            )
         record, cam = explain(source, batch, label, args.block)
         label = record["label"]
         record["class"] = names[label]
@@ -92,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
             frames = _pictures(batch.video[0], source)
     assert folder is not None and frames is not None
     stem = folder / f"gradcam-{args.video.stem}"
-    maps = [overlay(frames[: len(cam)], cam) for _, cam in rows]
+    # a token of a tube stands for all frames of it
+    maps = [overlay(frames, cam.repeat_interleave(len(frames) // len(cam), 0)) for _, cam in rows]
     records = [record for record, _ in rows]
     titles = [
         f"{name}: {record['class']}, {100 * record['probability']:.1f} %"
@@ -126,6 +133,7 @@ def explain(
     number = block or depth
     with torch.enable_grad():
         logits, weights, cam = grad_cam(model, batch.video, label, number - 1)
+    refuse_not_finite(source, logits)
     label = int(logits[0].argmax()) if label is None else label
     highest = cam.max()
     cam = cam[0] / highest if highest > 0 else cam[0]
@@ -175,19 +183,19 @@ def _label(text: str, names: Sequence[str]) -> int:
     plain = text.replace("[", "").replace("]", "")
     if plain in names:
         return names.index(plain)
-    if text.isdigit():
+    if text.isdecimal():
         return int(text)
     near = difflib.get_close_matches(plain, names, 3, 0.3)
-    hint = f"; near it: {', '.join(repr(n) for n in near)}" if near else ""
-    raise InputError(f"--class {text}: neither a class name nor a number{hint}")
+    hint = f"near it: {', '.join(repr(n) for n in near)}" if near else f"e.g. {names[0]!r}"
+    raise InputError(
+        f"--class {text}: neither a class name nor a number from 0 to {len(names) - 1}; {hint}"
+    )
 
 
 def _pictures(video: Tensor, source: Source) -> np.ndarray:
-    """Normalised video [3, frames, height, width] -> uint8 [T, FRAME, FRAME, 3], one picture per
-    frame of tokens."""
-    tube = source.model.config.get("tube", 1)
+    """Normalised video [3, frames, height, width] -> uint8 [frames, FRAME, FRAME, 3]."""
     mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (source.spec.mean, source.spec.std))
-    pixels = (video.cpu() * std + mean)[:, ::tube].transpose(0, 1)  # [T, 3, height, width]
+    pixels = (video.cpu() * std + mean).transpose(0, 1)  # [frames, 3, height, width]
     pixels = F.interpolate(pixels, size=(FRAME, FRAME), mode="bilinear", align_corners=False)
     return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 

@@ -25,6 +25,7 @@ from timefast.eval.source import (
     origin,
     parse_views,
     progress,
+    refuse_not_finite,
     surroundings,
     video_batches,
 )
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         device=source.device,
         autocast=source.autocast,
     )
+    refuse_not_finite(source, predictions.original)
     found: dict[int, list[dict[str, Any]]] = {}
     best = predictions.original.topk(min(args.top, source.model.num_classes), dim=1)
     for sample, values, labels in zip(

@@ -33,6 +33,7 @@ from timefast.eval.source import (
     open_split,
     origin,
     progress,
+    refuse_not_finite,
     surroundings,
     written,
 )
@@ -134,7 +135,9 @@ def _features(source: Source, videos: VideoSet, args: argparse.Namespace) -> Ite
         if len(batch.label):
             found += len(batch.label)
             with source.autocast():
-                yield frame_features(source.model, batch.video).cpu()
+                features = frame_features(source.model, batch.video).cpu()
+            refuse_not_finite(source, features)
+            yield features
     loader.close()
     account(failures, notices, videos, args.allow_missing)
     if not found:

@@ -25,7 +25,7 @@ from timefast.data.folder import VIDEO_SUFFIXES
 from timefast.errors import InputError, RunError
 from timefast.log import JsonLines, to_console
 from timefast.pipelines.cpu_decode import VideoError, probe
-from timefast.pipelines.manifest import NAME, USABLE, key, read_manifest, stamp
+from timefast.pipelines.manifest import MENDABLE, NAME, USABLE, key, read_manifest, stamp
 from timefast.pipelines.workers import Workers
 
 logger = logging.getLogger("timefast")
@@ -54,7 +54,8 @@ def scan(
         line = known.get(name)
         same = line and (line["size"], line["mtime_ns"]) == stamp(record) and line["deep"] >= deep
         # what training found bad is looked at again: a file server may have had a bad moment
-        if line and same and ("by" not in line or line["verdict"] in USABLE):
+        again = line and ("by" in line or line["verdict"] in (*MENDABLE, "timeout"))
+        if line and same and (line["verdict"] in USABLE or not again):
             found[name] = line
         else:
             jobs.append((record, folder, name, deep))
@@ -96,12 +97,17 @@ def _files(root: Path) -> Iterator[tuple[Record, Path]]:
         return
     if not root.is_dir():
         raise InputError(f"{root} is not a folder")
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            seen.add(path)
-            yield Record(path.name, path, 0, ""), root
+    walk = os.walk(root, onerror=_not_listed)
+    paths = (Path(top, name) for top, folders, files in walk for name in folders + files)
+    for path in sorted(path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES):
+        seen.add(path)
+        yield Record(path.name, path, 0, ""), root
     if not seen:
         raise InputError(f"{root} holds no data set of a known layout and no video files")
+
+
+def _not_listed(error: OSError) -> None:
+    logger.warning("%s: %s; videos in it are not looked at", error.filename, error.strerror)
 
 
 def _looks(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
@@ -168,7 +174,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     lines += [f"{line['path']}: {line['verdict']}, {line['reason']}" for line in bad[:10]]
     if len(bad) > 10:
         lines.append(f"and {len(bad) - 10} more")
-    return "\n".join(lines)
+    # a file name may be bytes that are no text, which cannot be printed
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import pickle
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +129,8 @@ def load_model(
         _refuse_contradictions(read.name, sizes, config, backbone)
         full = _with_heads({**sizes, **config}, read.name)
         if backbone == "timesformer":
-            fit_tables(converted, {**keywords(backbone), **full}, {**keywords(backbone), **sizes})
+            known = keywords(backbone)
+            _fit_tables(read.name, converted, {**known, **full}, {**known, **sizes})
         model = _create(read.name, backbone, full)
         _drop_other_heads(converted, model, sizes, full)
     model.normalisation = read.normalisation or {"mean": [mean] * 3, "std": [std] * 3}
@@ -209,10 +211,25 @@ def _read(source: str | Path | Mapping[str, Any]) -> _Read:
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
         read.state = _state_of(tensors, read.name)
-        read.ours = json.loads(metadata["timefast"]) if "timefast" in metadata else None
+        read.ours = _description(metadata["timefast"], path) if "timefast" in metadata else None
     else:
         read.state = _state_of(_read_pickle(path), read.name)
     return read
+
+
+def _description(text: str, file: Path) -> dict[str, Any]:
+    """What `describe` wrote into a checkpoint of this project."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    whole = isinstance(found, dict) and isinstance(found.get("config"), dict)
+    if not (whole and "backbone" in found["config"] and "normalisation" in found):
+        raise InputError(
+            f"{file} says it is a checkpoint of this project, but not of which model: its metadata "
+            f"is {text[:60]!r}. Take another copy of the file"
+        )
+    return found
 
 
 def _file_in(folder: Path) -> Path:
@@ -293,14 +310,22 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's first line gives the advice to run the code
+        told = [line.strip() for line in str(error).splitlines() if "nsupported" in line]
+        if told and told[0].startswith("Unsupported operand"):  # a video, say
+            raise InputError(
+                f"{path} is not a complete checkpoint file (it is no file of torch.save)"
+            ) from error
+        reason = told[0] if told else "it holds more than tensors"
         raise InputError(
             f"{path} cannot be read without running code from it, which is refused "
-            f"({str(error).splitlines()[0]}). Where you trust the file, load it yourself and "
-            "pass its state dict."
+            f"({reason}). Where you trust the file, load it yourself and pass its state dict."
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    # the last three come of files that are no pickles at all
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is not a complete checkpoint file ({first})") from error
+        why = "it is no file of torch.save" if isinstance(error, LookupError) else first
+        raise InputError(f"{path} is not a complete checkpoint file ({why})") from error
 
 
 def _state_of(value: Any, name: str) -> dict[str, Tensor]:
@@ -376,7 +401,7 @@ def _load_ours(
         told = sizes_of(converted.state, home, described["image_size"])
         full |= {k: told[k] for k in ("table_size", "embed_frames") if k in told}
     if home == "timesformer":
-        fit_tables(converted, full, described)
+        _fit_tables(read.name, converted, full, described)
     model = _create(read.name, home, full)
     _drop_other_heads(converted, model, described, full)
     model.normalisation = read.ours["normalisation"]
@@ -399,8 +424,17 @@ def _create_for_image_model(read: _Read, backbone: str, config: dict[str, Any]) 
 def _create(name: str, backbone: str, config: dict[str, Any]) -> VideoTransformer:
     try:
         return create_model(backbone, **config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # the latter: a keyword of another type
         raise InputError(f"{name}: no {backbone} can be made of it: {error}") from error
+
+
+def _fit_tables(
+    name: str, converted: Converted, config: Mapping[str, Any], old: Mapping[str, Any]
+) -> None:
+    try:
+        fit_tables(converted, config, old)
+    except ValueError as error:
+        raise InputError(f"{name}: its tables cannot be resized: {error}") from error
 
 
 def _convert_imagenet(state: dict[str, Tensor], model: VideoTransformer) -> Converted:
@@ -427,6 +461,17 @@ def _refuse_unknown(backbone: str, config: Mapping[str, Any]) -> None:
         raise InputError(
             f"a {backbone} takes no keyword {_listed(unknown)} (it takes {', '.join(known)})"
         )
+    for name in ("frames", "num_classes"):
+        if name in config and not _counts(config[name]):
+            raise InputError(f"{name}: expected a number from 1 on, got {config[name]!r}")
+    size = config.get("image_size", 1)
+    pair = isinstance(size, list | tuple) and len(size) == 2
+    if not all(map(_counts, size if pair else [size])):
+        raise InputError(f"image_size: expected pixels or (height, width), got {size!r}")
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 # what a checkpoint may be asked to become, beside what its shapes tell; models with tables that
@@ -515,8 +560,8 @@ def _account(model: VideoTransformer, strict: bool) -> None:
     assert report is not None
     if strict and (report.at_init or report.unexpected):
         raise InputError(
-            f"{report}\nPass strict=False to accept that these weights start from their "
-            "initialisation, or are dropped."
+            f"{report}\nPass strict=False (a command: --set strict=false) to accept that these "
+            "weights start from their initialisation, or are dropped."
         )
     logger.info("%s", report)
 

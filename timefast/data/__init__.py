@@ -1,5 +1,6 @@
 """Data sets: annotation files become records; nothing is decoded here."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -29,16 +30,19 @@ def open_videos(root: str | Path, split: Split) -> VideoSet:
     if split not in ("train", "validation"):
         raise ValueError(f"split: expected 'train' or 'validation', got {split!r}")
     root = Path(root).expanduser().absolute()
-    if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
+    if not os.path.isdir(root):
+        what = "is a file" if os.path.exists(root) else "does not exist"
         raise InputError(
             f"data folder {root} {what}; give the folder that holds the annotation files, or "
             "make a small data set with `python -m timefast.demo_data DIR`"
         )
-    for find, load in _LAYOUTS:
-        if (path := find(root, split)) is not None:
-            return load(root, split, path)
-    entries = sorted(entry.name for entry in root.iterdir())
+    try:
+        for find, load in _LAYOUTS:
+            if (path := find(root, split)) is not None:
+                return load(root, split, path)
+        entries = sorted(entry.name for entry in root.iterdir())
+    except OSError as error:
+        raise _unreadable(root, error) from error
     raise InputError(
         f"{root} holds no {split} split of a layout known here. Expected one of: "
         f"something-something-v2-{split}.json or {split}.json (Something-Something v2), "
@@ -51,4 +55,14 @@ def open_videos(root: str | Path, split: Split) -> VideoSet:
 def has_split(root: str | Path, split: Split) -> bool:
     """Whether the folder holds such a split in a layout known here."""
     root = Path(root).expanduser().absolute()
-    return any(find(root, split) is not None for find, _ in _LAYOUTS)
+    try:
+        return any(find(root, split) is not None for find, _ in _LAYOUTS)
+    except OSError as error:
+        raise _unreadable(root, error) from error
+
+
+def _unreadable(root: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{error.filename or root}: cannot be read ({error.strerror}); make the data folder "
+        "readable for this user"
+    )

@@ -68,7 +68,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         numbered = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise InputError(
-            f"{path}, line {reader.line_num}: {error}; a quotation mark may be missing"
+            f"{path}, after line {reader.line_num}: {error}; a quotation mark may be missing"
         ) from error
     rows = [row for _, row in numbered]
     if not rows:

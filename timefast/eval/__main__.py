@@ -25,6 +25,7 @@ from timefast.eval.source import (
     origin,
     parse_views,
     progress,
+    refuse_not_finite,
     surroundings,
 )
 from timefast.log import to_console
@@ -80,6 +81,7 @@ def evaluate(args: Any) -> int:
         autocast=source.autocast,
     )
     account(predictions.failures, predictions.notices, videos, args.allow_missing)
+    refuse_not_finite(source, predictions.original)
     rows = {args.subset or "all": summarise(predictions, videos)}
     if args.subset is None:
         rows |= {name: summarise(predictions, videos, y) for name, y in videos.subsets.items()}

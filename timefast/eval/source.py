@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +76,8 @@ def model_keywords(args: Any) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not (key and equals):
             raise InputError(f"--set {pair}: expected KEY=VALUE, for example values=projected")
+        if key in ("source", "impl"):
+            raise InputError(f"--set {pair}: has its own place on the command line; see --help")
         try:
             told[key] = json.loads(text)
         except ValueError:
@@ -289,6 +293,15 @@ def _log_notices(notices: Sequence[Failure]) -> None:
         )  # fmt: skip
 
 
+def refuse_not_finite(source: Source, answers: torch.Tensor) -> None:
+    """RunError if the model answers with something that is no number: no result follows of that."""
+    if not answers.isfinite().all():
+        raise RunError(
+            f"{source.path} gives answers that are not finite, in {source.precision}: its weights "
+            "are spoilt, or too large for that precision; try --precision fp32"
+        )
+
+
 def origin(source: Source) -> dict[str, Any]:
     """What a record of numbers says of the model they were measured with."""
     report = source.model.load_report
@@ -309,13 +322,20 @@ def surroundings() -> dict[str, Any]:
 def analysis_folder(source: Source, out: Path | None) -> Path:
     """Where charts go: `out`, else `analysis/` in the run folder or here. It is made.
 
-    Raises InputError if it cannot be written.
+    Raises InputError if nothing can be written there, before hours of work.
     """
     folder = out or (source.run or Path()) / "analysis"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be made ({error.strerror})") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--out {folder}: nothing can be written there ({error.strerror}); name another folder"
+        ) from error
     return folder
 
 
@@ -329,7 +349,7 @@ def written(folder: Path, files: Sequence[Path | str]) -> str:
 
 def parse_views(text: str) -> tuple[int, int]:
     temporal, _, spatial = text.partition("x")
-    if not (temporal.isdigit() and spatial.isdigit() and int(temporal) and spatial in ("1", "3")):
+    if not (temporal.isdecimal() and int(temporal) and spatial in ("1", "3")):
         raise argparse.ArgumentTypeError(f"{text!r}: expected TxS like 1x3, with S 1 or 3")
     return int(temporal), int(spatial)
 
@@ -337,7 +357,12 @@ def parse_views(text: str) -> tuple[int, int]:
 def exit_code(work: Callable[[], int], interrupted: str = "nothing was written") -> int:
     """Run the body of a command; turn what a user can cause into one message and an exit code."""
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (InputError, NotImplementedError) as error:  # the latter: an --impl that cannot run
         print(f"error: {error}", file=sys.stderr)
         return 2
