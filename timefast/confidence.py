@@ -22,20 +22,18 @@ from timefast.eval.source import (
     account,
     add_loader_flags,
     add_source_flags,
-    analysis_folder,
+    check_least,
     clips,
+    compare,
     exit_code,
-    open_source,
     open_split,
     origin,
     parse_views,
     progress,
     refuse_not_finite,
-    surroundings,
     written,
 )
 from timefast.log import to_console
-from timefast.run_folder import write_json
 
 BINS = 20  # of equal width over all possible gaps, -1 to 1
 
@@ -66,17 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    for flag, least in (("shuffles", 1), ("seed", 0)):
-        if getattr(args, flag) < least:
-            raise InputError(f"--{flag}: expected at least {least}, got {getattr(args, flag)}")
-    folder, results = None, []
-    for path in (args.source, *args.beside):
-        source = open_source(path, args)
-        folder = folder or analysis_folder(source, args.out)
-        results.append(measure(source, args))
-    assert folder is not None
-    record = {"what": "confidence", "models": results, **surroundings()}
-    write_json(folder / "confidence.json", record)
+    check_least(args, shuffles=1, seed=0)
+    folder, record = compare("confidence", args, lambda source: measure(source, args))
     save_confidence(record, folder / "confidence.png")
     print(as_text(record))
     print(written(folder, [folder / "confidence.json", folder / "confidence.png"]))

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from timefast.config import Parser
-from timefast.errors import InputError
 from timefast.eval.accuracy import predict, protocol
 from timefast.eval.source import (
     add_loader_flags,
     add_source_flags,
+    check_least,
     class_names,
     exit_code,
     open_source,
@@ -54,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    for flag in ("top", "batch_size"):
-        if getattr(args, flag) < 1:
-            name = flag.replace("_", "-")
-            raise InputError(f"--{name}: expected at least 1, got {getattr(args, flag)}")
+    check_least(args, top=1, batch_size=1)
     source = open_source(args.source, args)
     names = class_names(source.model, args.labels)
     views = args.views or source.views

@@ -26,20 +26,18 @@ from timefast.eval.source import (
     account,
     add_loader_flags,
     add_source_flags,
-    analysis_folder,
+    check_least,
     clips,
+    compare,
     exit_code,
-    open_source,
     open_split,
     origin,
     progress,
     refuse_not_finite,
-    surroundings,
     written,
 )
 from timefast.eval.tokens import frame_features
 from timefast.log import to_console
-from timefast.run_folder import write_json
 
 DECAY = 1e-3  # of the classifiers' weights, on standardised features
 
@@ -72,18 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    for flag, least in (("train_videos", 1), ("seed", 0)):
-        if getattr(args, flag) < least:
-            name = flag.replace("_", "-")
-            raise InputError(f"--{name}: expected at least {least}, got {getattr(args, flag)}")
-    folder, results = None, []
-    for path in (args.source, *args.beside):
-        source = open_source(path, args)
-        folder = folder or analysis_folder(source, args.out)
-        results.append(probe(source, args))
-    assert folder is not None
-    record = {"what": "probe", "models": results, **surroundings()}
-    write_json(folder / "probe.json", record)
+    check_least(args, train_videos=1, seed=0)
+    folder, record = compare("probe", args, lambda source: probe(source, args))
     save_probe(record, folder / "probe.png")
     print(as_text(record))
     print(written(folder, [folder / "probe.json", folder / "probe.png"]))

@@ -18,6 +18,7 @@ from timefast.eval.source import (
     account,
     add_loader_flags,
     add_source_flags,
+    check_least,
     clips,
     exit_code,
     open_source,
@@ -59,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(args: Any) -> int:
-    for flag, least in (("shuffles", 1), ("seed", 0)):
-        if getattr(args, flag) < least:
-            raise InputError(f"--{flag}: expected at least {least}, got {getattr(args, flag)}")
+    check_least(args, shuffles=1, seed=0)
     if args.json is not None and not args.json.parent.is_dir():
         raise InputError(f"--json {args.json}: there is no folder {args.json.parent}")
     source = open_source(args.source, args)

@@ -25,7 +25,7 @@ from timefast.device import autocast_for, check_impl, pick_device
 from timefast.errors import InputError, RunError
 from timefast.models import VideoTransformer
 from timefast.pipelines.loader import ClipLoader
-from timefast.run_folder import git_commit, versions
+from timefast.run_folder import git_commit, versions, write_json
 from timefast.weights import load_model
 
 logger = logging.getLogger("timefast")
@@ -90,6 +90,14 @@ def add_loader_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="clips per forward pass")
     parser.add_argument("--workers", type=int, help="decoding processes")
     parser.add_argument("--pipeline", default="auto", choices=("auto", "dali", "cpu"))
+
+
+def check_least(args: Any, **least: int) -> None:
+    """Raise InputError for a flag below its least value."""
+    for flag, value in least.items():
+        if getattr(args, flag) < value:
+            name = flag.replace("_", "-")
+            raise InputError(f"--{name}: expected at least {value}, got {getattr(args, flag)}")
 
 
 def open_source(path: Path, args: Any) -> Source:
@@ -337,6 +345,19 @@ def analysis_folder(source: Source, out: Path | None) -> Path:
             f"--out {folder}: nothing can be written there ({error.strerror}); name another folder"
         ) from error
     return folder
+
+
+def compare(
+    what: str, args: Any, measure: Callable[[Source], dict[str, Any]]
+) -> tuple[Path, dict[str, Any]]:
+    """measure() of the model named and of those beside it; the record is <folder>/<what>.json."""
+    source = open_source(args.source, args)
+    folder = analysis_folder(source, args.out)
+    models = [measure(source)]
+    models += [measure(open_source(path, args)) for path in args.beside]
+    record = {"what": what, "models": models, **surroundings()}
+    write_json(folder / f"{what}.json", record)
+    return folder, record
 
 
 def written(folder: Path, files: Sequence[Path | str]) -> str:
