@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from timefast.kernels import native
 from timefast.kernels.matmul_attention import (
     MAX_LENGTH,
     MatmulAttention,
@@ -51,6 +52,9 @@ def time_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -
 
 
 def time_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    if native.takes(q, k, v, keys=q.shape[1], width=q.shape[4]):
+        none = None, None, None
+        return native.Attention.apply(q, k, v, *none, scale, (0, 2, 3, 1, 4), 0)[0]
     if _by_matmul(q, q.shape[1]):
         return MatmulAttention.apply(q, k, v, scale, (0, 2, 3, 1, 4))  # as [B, N, H, T, D]
     # Positions and heads share a dimension: a batch of B * N can exceed a CUDA grid's 65,535.
@@ -89,7 +93,10 @@ def space_attention_cpu(
     frame_weight: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    if _by_matmul(q, 1 + q.shape[2]):
+    tokens = (q, k, v, cls_q, cls_k, cls_v)
+    if native.takes(*tokens, keys=1 + q.shape[2], width=q.shape[4]):
+        out, cls_frames = native.Attention.apply(*tokens, scale, (0, 1, 3, 2, 4), 0)
+    elif _by_matmul(q, 1 + q.shape[2]):
         out, cls_frames = _MatmulSpace.apply(q, k, v, cls_q, cls_k, cls_v, scale)
     else:
         frames = q.shape[:2]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
+from timefast.kernels import native
 from timefast.kernels.matmul_attention import MAX_LENGTH
 from timefast.kernels.op import (
     Case,
@@ -36,7 +37,11 @@ def pairwise_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: floa
 
 
 def pairwise_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """Batched matrix products; frames of more than MAX_LENGTH patches, and other devices: SDPA."""
+    """C loops or batched matrix products; many patches, and other devices: SDPA."""
+    if native.takes(q, k, v, keys=q.shape[2], width=q.shape[3]):
+        tensors = (x[:, :, None] for x in (q, k, v))  # one head
+        none = None, None, None
+        return native.Attention.apply(*tensors, *none, scale, (0, 1, 2, 3, 4), 0)[0][:, :, 0]
     if q.device.type != "cpu" or q.shape[2] > MAX_LENGTH:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     if q.dtype in (torch.float16, torch.bfloat16):  # CPUs are slow in half precision

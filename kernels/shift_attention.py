@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from timefast.kernels import native
 from timefast.kernels.matmul_attention import (
     MAX_LENGTH,
     MatmulAttention,
@@ -52,6 +53,9 @@ def shift_attention_reference(
 def shift_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, shift_div: int, scale: float) -> Tensor:
     tokens, heads, width = q.shape[2:]
     fold = heads * width // shift_div
+    if native.takes(q, k, v, keys=tokens, width=width):
+        none = None, None, None
+        return native.Attention.apply(q, k, v, *none, scale, (0, 1, 3, 2, 4), fold)[0]
     by_matmul = q.device.type == "cpu" and tokens <= MAX_LENGTH
     if by_matmul and fold % width == 0:
         return _MatmulShift.apply(q, k, v, fold // width, scale)

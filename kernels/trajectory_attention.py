@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from timefast.kernels import native
 from timefast.kernels.matmul_attention import columns, plain_backward, rows
 from timefast.kernels.op import (
     Case,
@@ -91,6 +92,10 @@ def attend_along(
 
 
 def trajectory_attention_cpu(*args: Any, values: str, scale: float) -> tuple[Tensor, Tensor]:
+    q, given = args[0], [x for x in args if x is not None]
+    native_takes = native.takes(*given, keys=q.shape[2], width=q.shape[4])
+    if native_takes and q.shape[4] % native.lanes() == 0:
+        return _Native.apply(*args, values == "projected", scale)
     return _Absorbed.apply(*args, values == "projected", scale)
 
 
@@ -186,6 +191,110 @@ class _Absorbed(torch.autograd.Function):
         return *grads, *cls_grads, *_join(totals, w_q, b_q, w_kv, b_kv), None, None
 
 
+class _Native(torch.autograd.Function):
+    """As _Absorbed, both steps by native.c: x is written in the order of the second step, and no
+    probabilities of the first reach memory."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *cls, w_q, b_q, w_kv, b_kv, projected, scale = rest
+        ctx.save_for_backward(q, k, v, *cls, w_q, b_q, w_kv, b_kv)
+        ctx.projected, ctx.scale = projected, scale
+        out, cls_out = (torch.empty(x.shape, dtype=q.dtype) for x in (q, cls[0]))
+        weights = _split(w_q, b_q, w_kv, b_kv, q.shape[3])
+        native.run_attention(*_class_step(cls[0], k, v, cls[1:], cls_out), scale, _ORDER)
+        for clips, frames in _parts(q):
+            x = _answers(q, k, v, clips, frames, scale)
+            _, _, absorbed = _absorb(x, weights, q.shape, frames)
+            _, along = native.run_along(x, absorbed, scale, projected, q.shape[3])
+            if projected:
+                along = torch.bmm(along, weights.v.transpose(1, 2))  # [H, M, D]
+                along = along if weights.v_bias is None else along.add_(weights.v_bias)
+                along = along.transpose(0, 1)
+            here = out[clips, frames]
+            here.copy_(along.reshape(here.shape))
+        return out, cls_out
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, grad: Tensor, grad_cls: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *cls, w_q, b_q, w_kv, b_kv = ctx.saved_tensors
+        projected, scale, heads = ctx.projected, ctx.scale, q.shape[3]
+        weights = _split(w_q, b_q, w_kv, b_kv, heads)
+        totals = _Weights(*(None if w is None else torch.zeros_like(w) for w in weights))  # type: ignore[arg-type]
+        dq, dk, dv = (torch.empty(q.shape) for _ in range(3))
+        d_cls = [torch.empty(cls[0].shape) for _ in range(3)]
+        tensors, of_cls = _class_step(cls[0], k, v, cls[1:], grad_cls, d_cls[0], dk, dv, d_cls[1:])
+        native.run_attention(tensors, of_cls, scale, _ORDER)
+        for clips, frames in _parts(q):
+            x = _answers(q, k, v, clips, frames, scale)
+            own, q2, absorbed = _absorb(x, weights, q.shape, frames)
+            p, along = native.run_along(x, absorbed, scale, projected, heads)
+            g = grad[clips, frames].flatten(0, 2).float()  # [M, H, D]
+            if projected:
+                g = g.transpose(0, 1)  # [H, M, D]
+                totals.v.baddbmm_(g.transpose(1, 2), along)
+                if totals.v_bias is not None:
+                    totals.v_bias.add_(g.sum(1, keepdim=True))
+                g = torch.bmm(g, weights.v)  # [H, M, C]
+            dx, d_absorbed = native.run_along_backward(
+                x, absorbed, scale, projected, p, g.contiguous()
+            )
+            _absorb_grad(d_absorbed, own, q2, dx, weights, q.shape, frames, totals)
+            some_dk, some_dv = torch.empty(k[clips].shape), torch.empty(v[clips].shape)
+            tensors = (
+                _queries(q, clips, frames), k[clips], v[clips],
+                _by_answering_frame(dx, q.shape, frames),
+                _queries(dq, clips, frames), some_dk, some_dv,
+            )  # fmt: skip
+            native.run_attention(tensors, (None,) * 7, scale, _ORDER, shared=True)
+            dk[clips] += some_dk
+            dv[clips] += some_dv
+        grads = (x.to(q.dtype) for x in (dq, dk, dv, *d_cls))
+        return *grads, *_join(totals, w_q, b_q, w_kv, b_kv), None, None
+
+
+_ORDER = (0, 1, 3, 2, 4)  # sequences of clips, frames and heads; in each, rows
+
+
+def _queries(x: Tensor, clips: slice, frames: slice) -> Tensor:
+    """[B, T, N, H, D] -> view [A, T, Q, H, D], the queries of some frames once for every frame."""
+    return x[clips, frames].flatten(1, 2)[:, None].expand(-1, x.shape[1], -1, -1, -1)
+
+
+def _by_answering_frame(x: Tensor, shape: tuple[int, ...], frames: slice) -> Tensor:
+    """[M, T, C] -> view [A, T, Q, H, D]"""
+    queries = (frames.stop - frames.start) * shape[2]
+    return x.view(-1, queries, shape[1], *shape[3:]).transpose(1, 2)
+
+
+def _answers(q: Tensor, k: Tensor, v: Tensor, clips: slice, frames: slice, scale: float) -> Tensor:
+    """x [M, T, C] of the queries of some frames, float32."""
+    queries = _queries(q, clips, frames)
+    x = torch.empty(len(queries) * queries.shape[2], q.shape[1], q.shape[3] * q.shape[4])
+    tensors = queries, k[clips], v[clips], _by_answering_frame(x, q.shape, frames)
+    native.run_attention(tensors, (None,) * 4, scale, _ORDER)
+    return x
+
+
+def _class_step(
+    cls_q: Tensor, k: Tensor, v: Tensor, cls_kv: list[Tensor], *others: Any
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """What run_attention takes for the class token, which asks itself and all patches: `others` is
+    its output; or the gradients of that, of cls_q, of k and v, and of cls_k and cls_v in a list."""
+    rows = [cls_q[:, None, None], *(x.flatten(1, 2)[:, None] for x in (k, v))]
+    cls: list[Tensor | None] = [None, *cls_kv, None]
+    rows += [x[:, None, None] for x in others[:2]]
+    if len(others) > 1:
+        rows += [x.flatten(1, 2)[:, None] for x in others[2:4]]
+        cls += [None, *others[4]]
+    return rows, cls
+
+
+def _parts(q: Tensor) -> Iterator[tuple[slice, slice]]:
+    return ((clips, frames) for clips in _clip_parts(q) for frames in _frame_parts(q))
+
+
 def _split(w_q: Tensor, b_q: Any, w_kv: Tensor, b_kv: Any, heads: int) -> _Weights:
     wide = torch.promote_types(w_q.dtype, torch.float32)
     w_k, w_v = w_kv.to(wide).unflatten(0, (2, heads, -1)).unbind(0)
@@ -239,6 +348,43 @@ def _of_class(cls: list[Tensor], clips: slice) -> list[Tensor]:
     return [_class_rows(x[clips]) for x in cls]
 
 
+def _own(x: Tensor, shape: tuple[int, ...], frames: slice) -> Tensor:
+    """View [A, frames, N, C] of x [M, T, C]: each patch's answer from its own frame."""
+    by_frame = x.view(-1, frames.stop - frames.start, shape[2], *x.shape[1:])
+    return by_frame.diagonal(frames.start, 1, 3).permute(0, 3, 1, 2)
+
+
+def _absorb(
+    x: Tensor, weights: _Weights, shape: tuple[int, ...], frames: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Own answers [M, C], their queries [H, M, D], and these moved before the keys' projection,
+    [H, M, C]."""
+    own = _own(x, shape, frames).reshape(len(x), -1)
+    q2 = F.linear(own, weights.q, weights.q_bias).view(len(x), *shape[3:]).transpose(0, 1)
+    return own, q2, torch.bmm(q2, weights.k)
+
+
+def _absorb_grad(
+    d_absorbed: Tensor,
+    own: Tensor,
+    q2: Tensor,
+    dx: Tensor,
+    weights: _Weights,
+    shape: tuple[int, ...],
+    frames: slice,
+    totals: _Weights,
+) -> None:
+    """From d_absorbed [H, M, C]: add to dx [M, T, C] and to the weights' gradients."""
+    totals.k.baddbmm_(q2.transpose(1, 2), d_absorbed)
+    dq2 = torch.bmm(d_absorbed, weights.k.transpose(1, 2))  # [H, M, D]
+    dq2 = dq2.transpose(0, 1).reshape(own.shape)
+    totals.q.addmm_(dq2.t(), own)
+    if totals.q_bias is not None:
+        totals.q_bias.add_(dq2.sum(0))
+    mine = _own(dx, shape, frames)
+    mine.add_((dq2 @ weights.q).view(mine.shape))
+
+
 def _attend(
     tokens: _Rows,
     weights: _Weights,
@@ -256,10 +402,8 @@ def _attend(
     x = torch.bmm(p.transpose(1, 2), v_rows.view(-1, N, D))  # [A*H*T, Q, D]
     x_rows = x.view(-1, H, T, Q, D).permute(0, 3, 2, 1, 4).reshape(-1, T, H * D)  # [M, T, C]
 
-    by_frame = x_rows.view(-1, Q // N, N, T, H * D)
-    own = by_frame.diagonal(frames.start, 1, 3).permute(0, 3, 1, 2).reshape(-1, H * D)
-    q2 = F.linear(own, weights.q, weights.q_bias).view(-1, H, D).transpose(0, 1)  # [H, M, D]
-    absorbed = torch.bmm(q2, weights.k).transpose(0, 1)  # [M, H, C]
+    own, q2, absorbed = _absorb(x_rows, weights, shape, frames)
+    absorbed = absorbed.transpose(0, 1)  # [M, H, C]
     along = torch.bmm(absorbed, x_rows.transpose(1, 2)).mul_(scale).softmax(-1)  # [M, H, T]
     if projected:
         mixed = torch.bmm(along, x_rows)  # [M, H, C]
@@ -305,15 +449,7 @@ def _attend_grad(
     else:
         dx_rows.view(-1, T, H, D).addcmul_(part.along.transpose(1, 2)[..., None], g[:, None])
     d_absorbed = torch.bmm(d_scores, x_rows).transpose(0, 1)  # [H, M, C]
-    totals.k.baddbmm_(part.q2.transpose(1, 2), d_absorbed)
-    dq2 = torch.bmm(d_absorbed, weights.k.transpose(1, 2))  # [H, M, D]
-    dq2 = dq2.transpose(0, 1).reshape(-1, H * D)  # [M, C]
-    totals.q.addmm_(dq2.t(), part.own)
-    if totals.q_bias is not None:
-        totals.q_bias.add_(dq2.sum(0))
-    by_frame = dx_rows.view(-1, frames.stop - frames.start, N, T, H * D)
-    d_own = (dq2 @ weights.q).view(-1, frames.stop - frames.start, N, H * D)
-    by_frame.diagonal(frames.start, 1, 3).add_(d_own.permute(0, 2, 3, 1))
+    _absorb_grad(d_absorbed, part.own, part.q2, dx_rows, weights, shape, frames, totals)
 
     Q = part.x.shape[1]
     dx = dx_rows.view(-1, Q, T, H, D).permute(0, 3, 2, 1, 4).reshape(part.x.shape)  # [A*H*T, Q, D]

@@ -1,0 +1,326 @@
+"""Attention over short sequences on a CPU in C: compiled once for this processor, called by ctypes.
+
+Library attention is tuned for few long sequences. The models here have thousands of 8 to 200
+tokens, where copies into other layouts, and products too small for a library call, cost more than
+the arithmetic. native.c reads strided views as they are and writes results where they belong.
+
+A C compiler is looked for (CC, gcc, cc, clang), as Triton and torch.compile do for their own code;
+what it makes stays in the user's cache folder. Without one, and for what native.c does not take,
+the ops do the same with batched matrix products (matmul_attention.py).
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+logger = logging.getLogger("timefast")
+
+SOURCE = Path(__file__).with_name("native.c")
+# -ffp-contract: a multiplication and an addition become one instruction, in any C standard
+FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
+         "-fno-trapping-math", "-w")  # fmt: skip
+# Floats of one sequence's keys: beyond, its buffers leave the cache and library products win.
+MAX_KEYS = 1 << 15
+_enabled = True
+
+
+class _Along(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("n", "T", "H", "D", "apart", "projected", "threads")
+    ]
+
+
+def why_not() -> str | None:
+    """Why native.c cannot run on this machine; None if it can. Compiles it if need be."""
+    return _library()[1]
+
+
+def takes(*tensors: Tensor, keys: int = 0, width: int = 0) -> bool:
+    """Whether the C loops take these inputs; they are not traced, nor differentiated twice."""
+    return (
+        not torch.compiler.is_compiling()
+        and _enabled
+        and keys * width <= MAX_KEYS
+        and all(
+            x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.bfloat16)
+            and type(x) in (Tensor, torch.nn.Parameter)
+            for x in tensors
+        )
+        and why_not() is None
+    )
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Inside, the ops do without the C loops, as on a machine without a compiler."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+class Attention(torch.autograd.Function):
+    """softmax(scale * q k^T) v over the last two dimensions of x.permute(order), and the same for
+    class tokens [n0, n2, D] that are the first row of each sequence of theirs; n0, n1 and n2 are
+    the dimensions of x.permute(order) before those two.
+
+    Outputs: like q, and None or the class tokens' outputs [n0, n1, n2, D] in float32. The first
+    `fold` along n2 see the keys and values of the next sequence along n1, the `fold` after them
+    those of the one before, and give zeros where there is none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cls_q: Tensor | None,
+        cls_k: Tensor | None,
+        cls_v: Tensor | None,
+        scale: float,
+        order: tuple[int, ...],
+        fold: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        out = torch.empty(q.shape, dtype=q.dtype)
+        cls = cls_q, cls_k, cls_v, None if cls_q is None else _cls_like(q, order)
+        kept = _kept(q, order, cls_q)
+        run_attention((q, k, v, out), cls, scale, order, fold=fold, kept=kept)
+        ctx.save_for_backward(q, k, v, kept, cls_q, cls_k, cls_v)
+        ctx.scale, ctx.order, ctx.fold = scale, order, fold
+        return out, cls[3]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_cls: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, kept, *cls = ctx.saved_tensors
+        grads = _like_slices(q, k)
+        tensors, scale, order = (q, k, v, grad, *grads), ctx.scale, ctx.order
+        if cls[0] is None:
+            run_attention(tensors, (None,) * 7, scale, order, fold=ctx.fold, kept=kept)
+            return *grads, None, None, None, None, None, None
+        # a class token is in all sequences along n1: its gradient is the sum over them
+        of_cls = _cls_like(q, ctx.order, 3)
+        run_attention(tensors, (*cls, grad_cls, *of_cls), scale, order, kept=kept)
+        return *grads, *of_cls.sum(2).to(q.dtype), None, None, None
+
+
+def _like_slices(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """Room for the gradients of q, k and v: side by side where q and k are slices of one tensor, so
+    that who sliced it has that tensor's gradient without a copy."""
+    *lead, heads, width = q.shape
+    if k.data_ptr() - q.data_ptr() == heads * width * q.element_size():
+        return torch.empty(*lead, 3, heads, width, dtype=q.dtype).unbind(-3)
+    return tuple(torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
+
+
+def _cls_like(q: Tensor, order: tuple[int, ...], *many: int) -> Tensor:
+    return torch.empty(*many, *(q.shape[i] for i in (*order[:3], 4)))
+
+
+def _kept(q: Tensor, order: tuple[int, ...], cls_q: Tensor | None) -> Tensor | None:
+    """Room for the probabilities, where they are fewer numbers than q: else backward is better off
+    forming them again."""
+    n0, n1, n2, row, last = order
+    tokens = q.shape[row] + (cls_q is not None)
+    if tokens > q.shape[last]:
+        return None
+    lanes = _library()[0].lanes()
+    return torch.empty(q.shape[n0], q.shape[n1], q.shape[n2], tokens * -(-tokens // lanes) * lanes)
+
+
+def run_attention(
+    tensors: Sequence[Tensor],
+    cls: Sequence[Tensor | None],
+    scale: float,
+    order: tuple[int, ...],
+    *,
+    fold: int = 0,
+    shared: bool = False,
+    kept: Tensor | None = None,
+) -> None:
+    """Attention, or its backward pass, into tensors that are there.
+
+    `tensors` are q, k, v and out, or q, k, v, d out, dq, dk and dv; x.permute(order) is
+    [n0, n1, n2, rows, D]. `cls` are their class tokens, [n0, n1, n2, D], or [n0, n2, D] where they
+    are the same along n1. `shared`: q has no n1 of its own, and dq is the sum along it.
+    """
+    k = tensors[1]
+    if k.numel() == 0:
+        return
+    n0, n1, n2, row, last = order
+    numbers = [k.shape[n0], k.shape[n1], k.shape[n2], tensors[0].shape[row], k.shape[row],
+               k.shape[last], fold, shared, torch.get_num_threads(),
+               0 if kept is None else kept.data_ptr()]  # fmt: skip
+    alive = []
+    for x, c in zip(tensors, cls, strict=True):
+        strides = x.stride()
+        if strides[last] != 1:
+            x = x.contiguous()  # an input: what is written is dense
+            strides = x.stride()
+            alive.append(x)
+        size = x.element_size()
+        numbers += (x.data_ptr(), strides[n0] * size, strides[n1] * size, strides[n2] * size,
+                    strides[row] * size)  # fmt: skip
+        if c is None:
+            numbers += (0, 0, 0, 0)
+            half_cls = False
+        else:
+            strides = c.stride()
+            if strides[-1] != 1:
+                c = c.contiguous()
+                strides = c.stride()
+                alive.append(c)
+            size = c.element_size()
+            middle = strides[1] * size if c.dim() == 4 else 0
+            numbers += (c.data_ptr(), strides[0] * size, middle, strides[-2] * size)
+            half_cls = size == 2
+        numbers += (x.element_size() == 2, half_cls)
+    library = _library()[0]
+    run = library.attend if len(tensors) == 4 else library.attend_backward
+    _check(run(struct.pack(f"{len(numbers)}q", *numbers), ctypes.c_float(scale)))
+
+
+def run_along(
+    x: Tensor, absorbed: Tensor, scale: float, projected: bool, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Second step of trajectory attention, from x [M, T, C] and absorbed queries [H, M, C], both
+    contiguous float32: probabilities [M, H, T], and the sums over T that they weight: of each
+    head's part of x [M, H, D], or, if projected, of the whole of x [H, M, C]."""
+    p = x.new_empty(len(x), heads, x.shape[1])
+    out = torch.empty_like(absorbed) if projected else x.new_empty(len(x), heads, x.shape[2] // heads)
+    shape = _along(x, heads, projected)
+    _check(_library()[0].along(shape, _at(x), _at(absorbed), ctypes.c_float(scale), _at(p), _at(out)))
+    return p, out
+
+
+def run_along_backward(
+    x: Tensor, absorbed: Tensor, scale: float, projected: bool, p: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the absorbed queries."""
+    dx, d_absorbed = torch.empty_like(x), torch.empty_like(absorbed)
+    shape = _along(x, p.shape[1], projected)
+    tensors = [_at(t) for t in (p, grad, dx, d_absorbed)]
+    _check(
+        _library()[0].along_backward(shape, _at(x), _at(absorbed), ctypes.c_float(scale), *tensors)
+    )
+    return dx, d_absorbed
+
+
+def run_bias_gelu(x: Tensor, bias: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """gelu(x + bias), or with `grad`, x's gradient and parts [threads, M] of that of the bias. x
+    and grad are contiguous [..., M] of one dtype, bias float32."""
+    threads, width = torch.get_num_threads(), x.shape[-1]
+    out, sums = torch.empty_like(x), torch.zeros(0 if grad is None else threads, width)
+    half = ctypes.c_int(x.dtype == torch.bfloat16)
+    tensors = [_at(x), _at(bias), None if grad is None else _at(grad), _at(out), _at(sums)]
+    rows = ctypes.c_long(x.numel() // max(width, 1))
+    _check(
+        _library()[0].bias_gelu(rows, ctypes.c_long(width), half, ctypes.c_long(threads), *tensors)
+    )
+    return out, sums
+
+
+def lanes() -> int:
+    """Numbers in one vector register; heads of trajectory attention are a multiple of it wide."""
+    return _library()[0].lanes()
+
+
+def _along(x: Tensor, heads: int, projected: bool) -> Any:
+    tokens, frames, width = x.shape
+    shape = _Along(
+        tokens, frames, heads, width // heads, tokens * width, projected, torch.get_num_threads()
+    )
+    return ctypes.byref(shape)
+
+
+def _at(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("attention on the CPU: no memory for a thread's buffers")
+
+
+@functools.cache
+def _library() -> tuple[Any, str | None]:
+    """native.c compiled and loaded, or why that failed."""
+    try:
+        library, reason = ctypes.CDLL(str(_compiled())), None
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        library, reason = None, str(error)
+        logger.warning("attention on the CPU takes the slower form in matrix products: %s", reason)
+    return library, reason
+
+
+def _compiled() -> Path:
+    """The shared library, made unless it is in the cache."""
+    compiler = _compiler()
+    processor = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    command = [*compiler, *FLAGS, processor, str(SOURCE), "-o"]
+    made_of = [SOURCE.read_text(encoding="utf-8"), *command, _processor()]
+    name = f"native-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so"
+    folder = _cache_folder()
+    if (folder / name).exists():
+        return folder / name
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as unfinished:
+        pass
+    try:
+        run = subprocess.run([*command, unfinished.name], capture_output=True, text=True, timeout=300)
+        if run.returncode:
+            last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RuntimeError(f"{' '.join(compiler)} could not compile {SOURCE.name}: {last}")
+        os.replace(unfinished.name, folder / name)
+    finally:
+        Path(unfinished.name).unlink(missing_ok=True)
+    logger.info("compiled the CPU's attention loops: %s", folder / name)
+    return folder / name
+
+
+def _compiler() -> list[str]:
+    if given := os.environ.get("CC"):
+        return shlex.split(given)
+    for name in ("gcc", "cc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    raise RuntimeError("no C compiler: none of gcc, cc, clang is installed, and CC is not set")
+
+
+def _processor() -> str:
+    """What -march=native looks at: a home folder may be shared by several kinds of machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    kinds = ("model name", "flags", "CPU part", "Features")
+    return "".join(sorted({x for x in lines if x.startswith(kinds)})) or platform.processor()
+
+
+def _cache_folder() -> Path:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timefast"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # no home, or one that cannot be written to
+        pass
+    return Path(tempfile.mkdtemp(prefix="timefast-"))
