@@ -20,7 +20,7 @@ from timefast.losses import debias_loss, flow_loss, order_loss
 from timefast.models import VideoTransformer
 from timefast.models.motionformer import Motionformer, TrajectoryAttention
 from timefast.models.timesformer import DividedBlock, TimeSformer
-from timefast.models.vit import Attention
+from timefast.models.vit import Attention, Mlp
 from timefast.models.xvit import ShiftBlock, XViT
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [..., S, D] -> [..., S, D]
@@ -69,6 +69,10 @@ def optimizer(model: nn.Module, like: torch.optim.AdamW) -> torch.optim.AdamW:
         groups, lr=first["lr"], betas=first["betas"], eps=first["eps"], amsgrad=first["amsgrad"],
         foreach=False, fused=False,
     )  # fmt: skip
+
+
+def _mlp(mlp: Mlp, x: Tensor) -> Tensor:
+    return mlp.fc2(F.gelu(mlp.fc1(x)))
 
 
 def _features(model: VideoTransformer, video: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,7 @@ def _divided_block(block: DividedBlock, x: Tensor, T: int, attend: Attend) -> Te
     out = _attention(block.attn, block.norm1(frames), attend)
     of_class = out[:, 0].reshape(B, T, C).mean(1, keepdim=True)
     x = torch.cat([cls, patches], 1) + torch.cat([of_class, out[:, 1:].reshape(B, T * N, C)], 1)
-    return x + block.mlp(block.norm2(x))
+    return x + _mlp(block.mlp, block.norm2(x))
 
 
 def _motionformer(model: Motionformer, video: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
@@ -137,7 +141,7 @@ def _motionformer(model: Motionformer, video: Tensor, attend: Attend) -> tuple[T
     x = x + places + torch.cat([torch.zeros_like(places[:, :1]), times], 1)
     for block in model.blocks:
         x = x + _trajectory(block.attn, block.norm1(x), T, attend)
-        x = x + block.mlp(block.norm2(x))
+        x = x + _mlp(block.mlp, block.norm2(x))
     x = model.pre_logits(model.norm(x))
     return x[:, 0], x[:, 1:].unflatten(1, (T, N))
 
@@ -171,7 +175,7 @@ def _xvit(model: XViT, video: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
     x = (x.reshape(B, T, 1 + N, -1) + base.temp_embed).reshape(B * T, 1 + N, -1)
     for block in base.blocks:
         x = x + _shifted(block, block.norm1(x), T, attend)
-        x = x + block.mlp(block.norm2(x))
+        x = x + _mlp(block.mlp, block.norm2(x))
     x = base.norm(x).unflatten(0, (B, T))
     return x[:, :, 0], x[:, :, 1:]
 

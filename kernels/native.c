@@ -9,7 +9,6 @@
 
    native.py compiles this file for the processor it runs on, and calls it. */
 
-#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -563,61 +562,6 @@ int along_backward(const Along *s, const float *x, const float *a, float scale, 
     free(ds);
   }
   return failed;
-}
-
-/* ---- Bias and GELU of a linear layer ---- */
-
-/* gelu(z) = z P(z), P the normal distribution's function, and its derivative P(z) + z p(z). P by
-   formula 7.1.26 of Abramowitz and Stegun, within 1e-7, which needs no other exponential than that
-   of the density p. */
-static vec gelu(vec z, vec *slope) {
-  const vec size = larger(z, -z);
-  const vec bell = exponential(z * z * -0.5f);
-  const vec t = 1.0f / (size * (0.3275911f * 0.70710678f) + 1.0f);
-  vec tail = t * 1.061405429f - 1.453152027f; /* 1 - erf(|z| / sqrt 2), over bell */
-  tail = tail * t + 1.421413741f;
-  tail = tail * t - 0.284496736f;
-  tail = tail * t + 0.254829592f;
-  tail = tail * t * bell * 0.5f;
-  const vec below = pick(z > all(0), 1.0f - tail, tail);
-  *slope = below + z * bell * 0.39894228f;
-  return z * below;
-}
-
-#define PIECE (16 * LANES)
-
-/* out = gelu(x + bias), or if `grad`, out = grad gelu'(x + bias) its sum over the rows added to
-   sums [threads, width]. x, grad and out are [rows, width], next to each other; bias is float. */
-int bias_gelu(long rows, long width, int half, long threads, const char *x, const float *bias,
-              const char *grad, char *out, float *sums) {
-  const long size = half ? 2 : 4;
-#pragma omp parallel num_threads(threads)
-  {
-    float z[PIECE], g[PIECE], b[PIECE], *sum = NULL;
-    if (grad) sum = sums + omp_get_thread_num() * width;
-    memset(z, 0, sizeof z), memset(g, 0, sizeof g), memset(b, 0, sizeof b);
-#pragma omp for schedule(static)
-    for (long i = 0; i < rows; i++)
-      for (long first = 0; first < width; first += PIECE) {
-        const long n = width - first < PIECE ? width - first : PIECE;
-        const long at = (i * width + first) * size;
-        vec slope;
-        read_numbers(x + at, half, n, 1, z);
-        memcpy(b, bias + first, 4 * n);
-        if (!grad) {
-          for (long j = 0; j < n; j += LANES) store(z + j, gelu(load(z + j) + load(b + j), &slope));
-        } else {
-          read_numbers(grad + at, half, n, 1, g);
-          for (long j = 0; j < n; j += LANES) {
-            gelu(load(z + j) + load(b + j), &slope);
-            store(z + j, load(g + j) * slope);
-          }
-          for (long j = 0; j < n; j++) sum[first + j] += z[j];
-        }
-        write_numbers(z, 1, n, half, out + at);
-      }
-  }
-  return 0;
 }
 
 int lanes(void) { return LANES; }

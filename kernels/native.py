@@ -52,7 +52,7 @@ def why_not() -> str | None:
     return _library()[1]
 
 
-def takes(*tensors: Tensor, keys: int = 0, width: int = 0) -> bool:
+def takes(*tensors: Tensor, keys: int, width: int) -> bool:
     """Whether the C loops take these inputs; they are not traced, nor differentiated twice."""
     return (
         not torch.compiler.is_compiling()
@@ -114,7 +114,7 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_cls: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, kept, *cls = ctx.saved_tensors
-        grads = _like_slices(q, k)
+        grads = [torch.empty(q.shape, dtype=q.dtype) for _ in range(3)]
         tensors, scale, order = (q, k, v, grad, *grads), ctx.scale, ctx.order
         if cls[0] is None:
             run_attention(tensors, (None,) * 7, scale, order, fold=ctx.fold, kept=kept)
@@ -123,15 +123,6 @@ class Attention(torch.autograd.Function):
         of_cls = _cls_like(q, ctx.order, 3)
         run_attention(tensors, (*cls, grad_cls, *of_cls), scale, order, kept=kept)
         return *grads, *of_cls.sum(2).to(q.dtype), None, None, None
-
-
-def _like_slices(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-    """Room for the gradients of q, k and v: side by side where q and k are slices of one tensor, so
-    that who sliced it has that tensor's gradient without a copy."""
-    *lead, heads, width = q.shape
-    if k.data_ptr() - q.data_ptr() == heads * width * q.element_size():
-        return torch.empty(*lead, 3, heads, width, dtype=q.dtype).unbind(-3)
-    return tuple(torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
 
 
 def _cls_like(q: Tensor, order: tuple[int, ...], *many: int) -> Tensor:
@@ -225,20 +216,6 @@ def run_along_backward(
         _library()[0].along_backward(shape, _at(x), _at(absorbed), ctypes.c_float(scale), *tensors)
     )
     return dx, d_absorbed
-
-
-def run_bias_gelu(x: Tensor, bias: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """gelu(x + bias), or with `grad`, x's gradient and parts [threads, M] of that of the bias. x
-    and grad are contiguous [..., M] of one dtype, bias float32."""
-    threads, width = torch.get_num_threads(), x.shape[-1]
-    out, sums = torch.empty_like(x), torch.zeros(0 if grad is None else threads, width)
-    half = ctypes.c_int(x.dtype == torch.bfloat16)
-    tensors = [_at(x), _at(bias), None if grad is None else _at(grad), _at(out), _at(sums)]
-    rows = ctypes.c_long(x.numel() // max(width, 1))
-    _check(
-        _library()[0].bias_gelu(rows, ctypes.c_long(width), half, ctypes.c_long(threads), *tensors)
-    )
-    return out, sums
 
 
 def lanes() -> int:

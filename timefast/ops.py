@@ -4,7 +4,6 @@ from timefast.kernels.divided_attention import space_attention, time_attention
 from timefast.kernels.farneback import farneback
 from timefast.kernels.flow_attention import pairwise_attention
 from timefast.kernels.flow_labels import flow_labels
-from timefast.kernels.linear_gelu import linear_gelu
 from timefast.kernels.op import implementations
 from timefast.kernels.shift_attention import shift_attention
 from timefast.kernels.trajectory_attention import trajectory_attention
@@ -13,7 +12,6 @@ __all__ = [
     "farneback",
     "flow_labels",
     "implementations",
-    "linear_gelu",
     "pairwise_attention",
     "shift_attention",
     "space_attention",

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from timefast import ops
 from timefast.profiling import part
 
 NORM_EPS = 1e-6  # LayerNorm of every backbone (the temporal head of X-ViT has torch's 1e-5)
@@ -90,37 +89,6 @@ def merged(second: nn.Linear, first: nn.Linear) -> tuple[Tensor, Tensor]:
         return second.weight @ first.weight, second.weight @ first.bias
 
 
-def _unbind(x: Tensor) -> tuple[Tensor, ...]:
-    """x [..., n, H, D] -> n views [..., H, D]. Where their gradients come back as slices of one
-    tensor like x, that is the gradient of x, without the copy that torch's unbind makes."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return x.unbind(-3)
-    return _UnbindJoined.apply(x)
-
-
-class _UnbindJoined(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
-        return x.unbind(-3)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        first, size = grads[0], grads[0].shape[-2] * grads[0].shape[-1]
-        shape = (*first.shape[:-2], len(grads), *first.shape[-2:])
-        whole = first._base
-        if (
-            whole is not None
-            and whole.shape == shape
-            and whole.is_contiguous()
-            and all(
-                g._base is whole and g.storage_offset() == whole.storage_offset() + i * size
-                for i, g in enumerate(grads)
-            )
-        ):
-            return whole
-        return torch.stack(grads, -3)
-
-
 class Attention(nn.Module):
     """The two projections around an attention op."""
 
@@ -134,7 +102,7 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., C] -> q, k, v [..., H, D]: strided views of one projection, nothing copied."""
-        return _unbind(self.qkv(x).unflatten(-1, (3, self.heads, -1)))
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., C] -> k, v [..., H, D], where nobody reads queries."""
@@ -173,7 +141,7 @@ class Mlp(nn.Module):
 
     @part("mlp")
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class PreLogits(nn.Module):
