@@ -104,7 +104,10 @@ class Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         out = torch.empty(q.shape, dtype=q.dtype)
         cls = cls_q, cls_k, cls_v, None if cls_q is None else _cls_like(q, order)
-        kept = _kept(q, order, cls_q)
+        # probabilities are kept where they are fewer than q: else forming them again is no slower
+        cls_rows = 0 if cls_q is None else 1
+        few = q.shape[order[3]] + cls_rows <= q.shape[order[4]]
+        kept = room_to_keep(q, k, order, cls_rows) if few else None
         run_attention((q, k, v, out), cls, scale, order, fold=fold, kept=kept)
         ctx.save_for_backward(q, k, v, kept, cls_q, cls_k, cls_v)
         ctx.scale, ctx.order, ctx.fold = scale, order, fold
@@ -129,15 +132,12 @@ def _cls_like(q: Tensor, order: tuple[int, ...], *many: int) -> Tensor:
     return torch.empty(*many, *(q.shape[i] for i in (*order[:3], 4)))
 
 
-def _kept(q: Tensor, order: tuple[int, ...], cls_q: Tensor | None) -> Tensor | None:
-    """Room for the probabilities, where they are fewer numbers than q: else backward is better off
-    forming them again."""
-    n0, n1, n2, row, last = order
-    tokens = q.shape[row] + (cls_q is not None)
-    if tokens > q.shape[last]:
-        return None
+def room_to_keep(q: Tensor, k: Tensor, order: tuple[int, ...], cls_rows: int = 0) -> Tensor:
+    """Where `run_attention` keeps the probabilities between forward and backward."""
+    n0, n1, n2, row, _ = order
     lanes = _library()[0].lanes()
-    return torch.empty(q.shape[n0], q.shape[n1], q.shape[n2], tokens * -(-tokens // lanes) * lanes)
+    queries = -(-(q.shape[row] + cls_rows) // lanes) * lanes
+    return torch.empty(k.shape[n0], k.shape[n1], k.shape[n2], (k.shape[row] + cls_rows) * queries)
 
 
 def run_attention(

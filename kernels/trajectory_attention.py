@@ -227,7 +227,8 @@ class _Native(torch.autograd.Function):
         tensors, of_cls = _class_step(cls[0], k, v, cls[1:], grad_cls, d_cls[0], dk, dv, d_cls[1:])
         native.run_attention(tensors, of_cls, scale, _ORDER)
         for clips, frames in _parts(q):
-            x = _answers(q, k, v, clips, frames, scale)
+            kept = native.room_to_keep(_queries(q, clips, frames), k[clips], _ORDER)
+            x = _answers(q, k, v, clips, frames, scale, kept)
             own, q2, absorbed = _absorb(x, weights, q.shape, frames)
             p, along = native.run_along(x, absorbed, scale, projected, heads)
             g = grad[clips, frames].flatten(0, 2).float()  # [M, H, D]
@@ -247,7 +248,9 @@ class _Native(torch.autograd.Function):
                 _by_answering_frame(dx, q.shape, frames),
                 _queries(dq, clips, frames), some_dk, some_dv,
             )  # fmt: skip
-            native.run_attention(tensors, (None,) * 7, scale, _ORDER, shared=True)
+            native.run_attention(
+                tensors, (None,) * 7, scale, _ORDER, shared=True, kept=kept
+            )
             dk[clips] += some_dk
             dv[clips] += some_dv
         grads = (x.to(q.dtype) for x in (dq, dk, dv, *d_cls))
@@ -268,12 +271,20 @@ def _by_answering_frame(x: Tensor, shape: tuple[int, ...], frames: slice) -> Ten
     return x.view(-1, queries, shape[1], *shape[3:]).transpose(1, 2)
 
 
-def _answers(q: Tensor, k: Tensor, v: Tensor, clips: slice, frames: slice, scale: float) -> Tensor:
+def _answers(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    clips: slice,
+    frames: slice,
+    scale: float,
+    kept: Tensor | None = None,
+) -> Tensor:
     """x [M, T, C] of the queries of some frames, float32."""
     queries = _queries(q, clips, frames)
     x = torch.empty(len(queries) * queries.shape[2], q.shape[1], q.shape[3] * q.shape[4])
     tensors = queries, k[clips], v[clips], _by_answering_frame(x, q.shape, frames)
-    native.run_attention(tensors, (None,) * 4, scale, _ORDER)
+    native.run_attention(tensors, (None,) * 4, scale, _ORDER, kept=kept)
     return x
 
 
