@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.bench_ops import DEVICE, DTYPE, _bytes, error_of, skipped_unless_it_fits
 from bench.conftest import LIMITS, ON_GPU
 from timefast import ops
+from timefast.kernels import native
 from timefast.kernels.op import OPS, Case
 
 
@@ -98,7 +99,9 @@ def bench_trajectory(measure: Callable[..., None], case: Case, form: str, direct
     args, kwargs = case.build(DTYPE, DEVICE, torch.Generator().manual_seed(0))
     inputs = [x.detach().requires_grad_() for x in args]
     function = _function(form)
-    with FlopCounterMode(display=False) as counter, kept_for_backward() as kept:
+    with FlopCounterMode(display=False) as counter, native.disabled():  # products it can count
+        function(*inputs, **kwargs)
+    with kept_for_backward() as kept:
         outputs = function(*inputs, **kwargs)
     if form in ("published", "cpu"):
         expected = forward_flops(args[0].shape, form, kwargs["values"])

@@ -21,14 +21,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from timefast.kernels import native
-from timefast.kernels.matmul_attention import (
-    MAX_LENGTH,
-    MatmulAttention,
-    attend,
-    attend_grad,
-    plain_backward,
-    rows,
-)
 from timefast.kernels.op import (
     Case,
     Impl,
@@ -53,10 +45,7 @@ def time_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -
 
 def time_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     if native.takes(q, k, v, keys=q.shape[1], width=q.shape[4]):
-        none = None, None, None
-        return native.Attention.apply(q, k, v, *none, scale, (0, 2, 3, 1, 4), 0)[0]
-    if _by_matmul(q, q.shape[1]):
-        return MatmulAttention.apply(q, k, v, scale, (0, 2, 3, 1, 4))  # as [B, N, H, T, D]
+        return native.Attention.apply(q, k, v, scale, (0, 2, 3, 1, 4))[0]
     # Positions and heads share a dimension: a batch of B * N can exceed a CUDA grid's 65,535.
     places = q.shape[2:4]
     q, k, v = (x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))  # [B, N*H, T, D]
@@ -93,18 +82,17 @@ def space_attention_cpu(
     frame_weight: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    tokens = (q, k, v, cls_q, cls_k, cls_v)
-    if native.takes(*tokens, keys=1 + q.shape[2], width=q.shape[4]):
-        out, cls_frames = native.Attention.apply(*tokens, scale, (0, 1, 3, 2, 4), 0)
-    elif _by_matmul(q, 1 + q.shape[2]):
-        out, cls_frames = _MatmulSpace.apply(q, k, v, cls_q, cls_k, cls_v, scale)
+    if native.takes(q, k, v, cls_q, cls_k, cls_v, keys=1 + q.shape[2], width=q.shape[4]):
+        cls = cls_q, cls_k, cls_v
+        out, cls_frames = native.Attention.apply(q, k, v, scale, (0, 1, 3, 2, 4), 0, *cls)
     else:
         frames = q.shape[:2]
         tokens = (_with_class(*pair) for pair in ((q, cls_q), (k, cls_k), (v, cls_v)))
         q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in tokens)  # [B*T, H, S, D]
         both = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
         both = both.unflatten(0, frames)  # [B, T, S, H, D]
-        out, cls_frames = both[:, :, 1:], both[:, :, 0]
+        wide = torch.promote_types(both.dtype, torch.float32)
+        out, cls_frames = both[:, :, 1:], both[:, :, 0].to(wide)
     return out, _over_frames(cls_frames, frame_weight).to(q.dtype)
 
 
@@ -148,10 +136,6 @@ def _why_not_xformers(q: Tensor, *others: Tensor, **kwargs: Any) -> list[str]:
     return reasons
 
 
-def _by_matmul(q: Tensor, length: int) -> bool:
-    return q.device.type == "cpu" and length <= MAX_LENGTH
-
-
 def _with_class(x: Tensor, cls: Tensor) -> Tensor:
     """-> [B, T, S, H, D], the class token repeated in front of every frame's patches."""
     return torch.cat([cls[:, None, None].expand(-1, x.shape[1], -1, -1, -1), x], dim=2)
@@ -162,54 +146,6 @@ def _over_frames(cls_frames: Tensor, frame_weight: Tensor | None) -> Tensor:
     if frame_weight is None:
         return cls_frames.mean(1)
     return (frame_weight.to(cls_frames.dtype)[:, :, None, None] * cls_frames).sum(1)
-
-
-class _MatmulSpace(torch.autograd.Function):
-    """As MatmulAttention; the class token joins its frame in the copy that is made anyway."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cls_q: Tensor,
-        cls_k: Tensor,
-        cls_v: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        q_frames, k_frames, v_frames = (
-            _frames(*pair) for pair in ((q, cls_q), (k, cls_k), (v, cls_v))
-        )
-        saved = rows(q_frames), rows(k_frames), rows(v_frames)
-        out, p = attend(*saved, scale)
-        ctx.save_for_backward(*saved, p)
-        ctx.scale, ctx.shape, ctx.dtype = scale, q_frames.shape, q.dtype
-        out = out.view(ctx.shape)
-        return _patches(out, q.dtype), out[:, :, :, 0].clone()
-
-    @staticmethod
-    @plain_backward
-    def backward(ctx: Any, grad: Tensor, grad_cls: Tensor) -> tuple[Tensor | None, ...]:
-        grad_rows = rows(_frames(grad, grad_cls))
-        grads = [x.view(ctx.shape) for x in attend_grad(grad_rows, ctx.saved_tensors, ctx.scale)]
-        patches = (_patches(x, ctx.dtype) for x in grads)
-        classes = (x[:, :, :, 0].sum(1).to(ctx.dtype) for x in grads)
-        return *patches, *classes, None
-
-
-def _frames(x: Tensor, cls: Tensor) -> Tensor:
-    """-> [B, T, H, S, D] float32 (float64), from patches [B, T, N, H, D] and cls [B, (T,) H, D]."""
-    clips, frames, patches, heads, width = x.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    both = x.new_empty(clips, frames, heads, 1 + patches, width, dtype=dtype)
-    both[:, :, :, 0] = cls if cls.dim() == 4 else cls[:, None]
-    both[:, :, :, 1:] = x.transpose(2, 3)
-    return both
-
-
-def _patches(frames: Tensor, dtype: torch.dtype) -> Tensor:
-    return frames[:, :, :, 1:].transpose(2, 3).to(dtype)  # [B, T, N, H, D]
 
 
 def _time_triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

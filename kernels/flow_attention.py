@@ -6,16 +6,13 @@ TIME (its flow-prediction head) uses one head as wide as the model, C = 768, whe
 end at 128 or 256. Letters: B clips, P = T - 1 frame pairs, N patches per frame, C width.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.autograd.function import once_differentiable
 
 from timefast.kernels import native
-from timefast.kernels.matmul_attention import MAX_LENGTH
 from timefast.kernels.op import (
     Case,
     Impl,
@@ -37,55 +34,10 @@ def pairwise_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: floa
 
 
 def pairwise_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """C loops or batched matrix products; many patches, and other devices: SDPA."""
     if native.takes(q, k, v, keys=q.shape[2], width=q.shape[3]):
-        tensors = (x[:, :, None] for x in (q, k, v))  # one head
-        none = None, None, None
-        return native.Attention.apply(*tensors, *none, scale, (0, 1, 2, 3, 4), 0)[0][:, :, 0]
-    if q.device.type != "cpu" or q.shape[2] > MAX_LENGTH:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    if q.dtype in (torch.float16, torch.bfloat16):  # CPUs are slow in half precision
-        return _Products.apply(q.float(), k.float(), v.float(), scale).to(q.dtype)
-    return _Products.apply(q, k, v, scale)
-
-
-class _Products(torch.autograd.Function):
-    """The formula without a copy of its inputs, the scale inside the products."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        scores = q.new_empty(*q.shape[:3], q.shape[2])
-        for s, a, b in _batches(scores, q, k):
-            torch.baddbmm(s, a, b.transpose(1, 2), beta=0, alpha=scale, out=s)
-        p = scores.softmax(-1)
-        out = q.new_empty(q.shape)
-        for o, a, b in _batches(out, p, v):
-            torch.bmm(a, b, out=o)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, p = ctx.saved_tensors
-        dq, dk, dv, dp = (x.new_empty(x.shape) for x in (q, k, v, p))
-        for dvb, dpb, pb, gb, vb in _batches(dv, dp, p, grad, v):
-            torch.bmm(pb.transpose(1, 2), gb, out=dvb)
-            torch.bmm(gb, vb.transpose(1, 2), out=dpb)
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-        for dqb, dkb, dsb, qb, kb in _batches(dq, dk, ds, q, k):
-            torch.baddbmm(dqb, dsb, kb, beta=0, alpha=ctx.scale, out=dqb)
-            torch.baddbmm(dkb, dsb.transpose(1, 2), qb, beta=0, alpha=ctx.scale, out=dkb)
-        return dq, dk, dv, None
-
-
-def _batches(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """[B, P, ., .] each as matrices in a row: all of them if each tensor has one stride over its
-    matrices, clip by clip if one has not, as slices of frames do not."""
-    if all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors):
-        return [tuple(x.flatten(0, 1) for x in tensors)]
-    return zip(*(x.unbind() for x in tensors), strict=True)
+        one_head = (x[:, :, None] for x in (q, k, v))
+        return native.Attention.apply(*one_head, scale, (0, 1, 2, 3, 4))[0][:, :, 0]
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

@@ -6,13 +6,15 @@ the arithmetic. native.c reads strided views as they are and writes results wher
 
 A C compiler is looked for (CC, gcc, cc, clang), as Triton and torch.compile do for their own code;
 what it makes stays in the user's cache folder. Without one, and for what native.c does not take,
-the ops do the same with batched matrix products (matmul_attention.py).
+the ops use what PyTorch has.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -29,15 +31,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 logger = logging.getLogger("timefast")
 
 SOURCE = Path(__file__).with_name("native.c")
 # -ffp-contract: a multiplication and an addition become one instruction, in any C standard
 FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
          "-fno-trapping-math", "-w")  # fmt: skip
-# Floats of one sequence's keys: beyond, its buffers leave the cache and library products win.
-MAX_KEYS = 1 << 15
+# Floats of one sequence's keys; a thread's buffers are seven times that, or 7 MiB.
+MAX_KEYS = 1 << 18
 _enabled = True
 
 
@@ -80,13 +81,12 @@ def disabled() -> Iterator[None]:
 
 
 class Attention(torch.autograd.Function):
-    """softmax(scale * q k^T) v over the last two dimensions of x.permute(order), and the same for
-    class tokens [n0, n2, D] that are the first row of each sequence of theirs; n0, n1 and n2 are
-    the dimensions of x.permute(order) before those two.
+    """softmax(scale * q k^T) v over the last dimensions of x.permute(order), [n0, n1, n2, S, D].
 
-    Outputs: like q, and None or the class tokens' outputs [n0, n1, n2, D] in float32. The first
-    `fold` along n2 see the keys and values of the next sequence along n1, the `fold` after them
-    those of the one before, and give zeros where there is none.
+    `cls`, if given, are class tokens [n0, n2, D] of q, k and v, the first row of all sequences of
+    theirs. Outputs: like q, and the class tokens' outputs [n0, n1, n2, D] in float32, or None.
+    Channels of keys and values, counted over n2: the first `fold` are those of the next sequence
+    along n1, as many after them those of the one before, with zeros beyond the ends.
     """
 
     @staticmethod
@@ -95,41 +95,35 @@ class Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cls_q: Tensor | None,
-        cls_k: Tensor | None,
-        cls_v: Tensor | None,
         scale: float,
         order: tuple[int, ...],
-        fold: int,
+        fold: int = 0,
+        *cls: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        out = torch.empty(q.shape, dtype=q.dtype)
-        cls = cls_q, cls_k, cls_v, None if cls_q is None else _cls_like(q, order)
+        out = q.new_empty(q.shape)
+        cls_out = _cls_like(q, order) if cls else None
         # probabilities are kept where they are fewer than q: else forming them again is no slower
-        cls_rows = 0 if cls_q is None else 1
-        few = q.shape[order[3]] + cls_rows <= q.shape[order[4]]
-        kept = room_to_keep(q, k, order, cls_rows) if few else None
-        run_attention((q, k, v, out), cls, scale, order, fold=fold, kept=kept)
-        ctx.save_for_backward(q, k, v, kept, cls_q, cls_k, cls_v)
+        few = q.shape[order[3]] + bool(cls) <= q.shape[order[4]]
+        kept = room_to_keep(q, k, order, bool(cls)) if few else None
+        run_attention((q, k, v, out), (*cls, cls_out), scale, order, fold=fold, kept=kept)
+        ctx.save_for_backward(q, k, v, kept, *cls)
         ctx.scale, ctx.order, ctx.fold = scale, order, fold
-        return out, cls[3]
+        return out, cls_out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_cls: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, kept, *cls = ctx.saved_tensors
-        grads = [torch.empty(q.shape, dtype=q.dtype) for _ in range(3)]
-        tensors, scale, order = (q, k, v, grad, *grads), ctx.scale, ctx.order
-        if cls[0] is None:
-            run_attention(tensors, (None,) * 7, scale, order, fold=ctx.fold, kept=kept)
-            return *grads, None, None, None, None, None, None
+        grads = [q.new_empty(q.shape) for _ in range(3)]
+        of_cls = [_cls_like(q, ctx.order) for _ in cls]
+        given, of_class = (q, k, v, grad, *grads), (*cls, grad_cls, *of_cls)
+        run_attention(given, of_class, ctx.scale, ctx.order, fold=ctx.fold, kept=kept)
         # a class token is in all sequences along n1: its gradient is the sum over them
-        of_cls = _cls_like(q, ctx.order, 3)
-        run_attention(tensors, (*cls, grad_cls, *of_cls), scale, order, kept=kept)
-        return *grads, *of_cls.sum(2).to(q.dtype), None, None, None
+        return *grads, None, None, None, *(x.sum(1).to(q.dtype) for x in of_cls)
 
 
-def _cls_like(q: Tensor, order: tuple[int, ...], *many: int) -> Tensor:
-    return torch.empty(*many, *(q.shape[i] for i in (*order[:3], 4)))
+def _cls_like(q: Tensor, order: tuple[int, ...]) -> Tensor:
+    return q.new_empty([q.shape[i] for i in (*order[:3], 4)], dtype=torch.float32)
 
 
 def room_to_keep(q: Tensor, k: Tensor, order: tuple[int, ...], cls_rows: int = 0) -> Tensor:
@@ -137,7 +131,8 @@ def room_to_keep(q: Tensor, k: Tensor, order: tuple[int, ...], cls_rows: int = 0
     n0, n1, n2, row, _ = order
     lanes = _library()[0].lanes()
     queries = -(-(q.shape[row] + cls_rows) // lanes) * lanes
-    return torch.empty(k.shape[n0], k.shape[n1], k.shape[n2], (k.shape[row] + cls_rows) * queries)
+    shape = k.shape[n0], k.shape[n1], k.shape[n2], (k.shape[row] + cls_rows) * queries
+    return k.new_empty(shape, dtype=torch.float32)
 
 
 def run_attention(
@@ -154,7 +149,8 @@ def run_attention(
 
     `tensors` are q, k, v and out, or q, k, v, d out, dq, dk and dv; x.permute(order) is
     [n0, n1, n2, rows, D]. `cls` are their class tokens, [n0, n1, n2, D], or [n0, n2, D] where they
-    are the same along n1. `shared`: q has no n1 of its own, and dq is the sum along it.
+    are the same along n1; without class tokens it may be shorter. `shared`: q has no n1 of its own,
+    and dq is the sum along it. `kept`: from `room_to_keep`, the same in both directions.
     """
     k = tensors[1]
     if k.numel() == 0:
@@ -164,7 +160,7 @@ def run_attention(
                k.shape[last], fold, shared, torch.get_num_threads(),
                0 if kept is None else kept.data_ptr()]  # fmt: skip
     alive = []
-    for x, c in zip(tensors, cls, strict=True):
+    for x, c in itertools.zip_longest(tensors, cls):
         strides = x.stride()
         if strides[last] != 1:
             x = x.contiguous()  # an input: what is written is dense
@@ -199,9 +195,13 @@ def run_along(
     contiguous float32: probabilities [M, H, T], and the sums over T that they weight: of each
     head's part of x [M, H, D], or, if projected, of the whole of x [H, M, C]."""
     p = x.new_empty(len(x), heads, x.shape[1])
-    out = torch.empty_like(absorbed) if projected else x.new_empty(len(x), heads, x.shape[2] // heads)
+    out = (
+        torch.empty_like(absorbed) if projected else x.new_empty(len(x), heads, x.shape[2] // heads)
+    )
     shape = _along(x, heads, projected)
-    _check(_library()[0].along(shape, _at(x), _at(absorbed), ctypes.c_float(scale), _at(p), _at(out)))
+    _check(
+        _library()[0].along(shape, _at(x), _at(absorbed), ctypes.c_float(scale), _at(p), _at(out))
+    )
     return p, out
 
 
@@ -244,10 +244,14 @@ def _check(failed: int) -> None:
 def _library() -> tuple[Any, str | None]:
     """native.c compiled and loaded, or why that failed."""
     try:
-        library, reason = ctypes.CDLL(str(_compiled())), None
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        try:
+            library, reason = ctypes.CDLL(str(_compiled())), None
+        except OSError:  # a file in the cache that is not what a compiler wrote: once more
+            _compiled().unlink()
+            library, reason = ctypes.CDLL(str(_compiled())), None
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         library, reason = None, str(error)
-        logger.warning("attention on the CPU takes the slower form in matrix products: %s", reason)
+        logger.warning("attention on the CPU uses the slower functions of PyTorch: %s", reason)
     return library, reason
 
 
@@ -264,10 +268,14 @@ def _compiled() -> Path:
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as unfinished:
         pass
     try:
-        run = subprocess.run([*command, unfinished.name], capture_output=True, text=True, timeout=300)
+        run = subprocess.run(
+            [*command, unfinished.name], capture_output=True, text=True, timeout=300
+        )
         if run.returncode:
-            last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RuntimeError(f"{' '.join(compiler)} could not compile {SOURCE.name}: {last}")
+            said = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+            # a linker's error stands before the one that says that there was one
+            error = next((x for x in said if "error" in x or "cannot find" in x), said[-1])
+            raise RuntimeError(f"{' '.join(compiler)} could not compile {SOURCE.name}: {error}")
         os.replace(unfinished.name, folder / name)
     finally:
         Path(unfinished.name).unlink(missing_ok=True)
@@ -276,8 +284,8 @@ def _compiled() -> Path:
 
 
 def _compiler() -> list[str]:
-    if given := os.environ.get("CC"):
-        return shlex.split(given)
+    if given := shlex.split(os.environ.get("CC", "")):
+        return given
     for name in ("gcc", "cc", "clang"):
         if found := shutil.which(name):
             return [found]
@@ -300,4 +308,6 @@ def _cache_folder() -> Path:
             return folder
     except (OSError, RuntimeError):  # no home, or one that cannot be written to
         pass
-    return Path(tempfile.mkdtemp(prefix="timefast-"))
+    temporary = tempfile.mkdtemp(prefix="timefast-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return Path(temporary)

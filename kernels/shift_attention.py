@@ -19,14 +19,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from timefast.kernels import native
-from timefast.kernels.matmul_attention import (
-    MAX_LENGTH,
-    MatmulAttention,
-    attend,
-    attend_grad,
-    plain_backward,
-    rows,
-)
 from timefast.kernels.op import (
     Case,
     Impl,
@@ -54,68 +46,12 @@ def shift_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, shift_div: int, scal
     tokens, heads, width = q.shape[2:]
     fold = heads * width // shift_div
     if native.takes(q, k, v, keys=tokens, width=width):
-        none = None, None, None
-        return native.Attention.apply(q, k, v, *none, scale, (0, 1, 3, 2, 4), fold)[0]
-    by_matmul = q.device.type == "cpu" and tokens <= MAX_LENGTH
-    if by_matmul and fold % width == 0:
-        return _MatmulShift.apply(q, k, v, fold // width, scale)
+        return native.Attention.apply(q, k, v, scale, (0, 1, 3, 2, 4), fold)[0]
     k, v = _shifted(k, shift_div), _shifted(v, shift_div)
-    if by_matmul:
-        return MatmulAttention.apply(q, k, v, scale, (0, 1, 3, 2, 4))  # as [B, T, H, S, D]
     frames = q.shape[:2]
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B*T, H, S, D]
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).unflatten(0, frames)
-
-
-class _MatmulShift(torch.autograd.Function):
-    """As MatmulAttention, for heads that read one frame each. Sequences are in the order head,
-    frame, clip, so that a head's frames but the first, or but the last, are side by side: products
-    of one stretch of q with another of k and v, nothing is shifted. `fold` is a number of heads."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, fold: int, scale: float) -> Tensor:
-        q, k, v = (x.permute(_ORDER) for x in (q, k, v))
-        saved = rows(q), rows(k), rows(v)
-        out = torch.zeros_like(saved[0])
-        ctx.stretches = _stretches(q.shape, fold)
-        probabilities = []
-        for asking, asked in ctx.stretches:
-            tokens = saved[0][asking], saved[1][asked], saved[2][asked]
-            probabilities.append(attend(*tokens, scale, out[asking])[1])
-        ctx.save_for_backward(*saved, *probabilities)
-        ctx.scale, ctx.shape, ctx.dtype = scale, q.shape, q.dtype
-        return _from_rows(out, ctx)
-
-    @staticmethod
-    @plain_backward
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *probabilities = ctx.saved_tensors
-        grad = rows(grad.permute(_ORDER))
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(q)
-        for (asking, asked), p in zip(ctx.stretches, probabilities, strict=True):
-            saved = q[asking], k[asked], v[asked], p
-            attend_grad(grad[asking], saved, ctx.scale, (dq[asking], dk[asked], dv[asked]))
-        return *(_from_rows(x, ctx) for x in (dq, dk, dv)), None, None
-
-
-_ORDER = (3, 1, 0, 2, 4)  # [B, T, S, H, D] as [H, T, B, S, D]
-
-
-def _stretches(shape: torch.Size, fold: int) -> list[tuple[slice, slice]]:
-    """Sequences of q, and those of k and v that they see, for a shape [H, T, B, S, D]."""
-    heads, frames, clips = shape[:3]
-    pairs = []
-    for head in range(min(2 * fold, heads)):
-        start, end = head * frames * clips, (head + 1) * frames * clips
-        but_last, but_first = slice(start, end - clips), slice(start + clips, end)
-        pairs.append((but_last, but_first) if head < fold else (but_first, but_last))
-    rest = slice(min(2 * fold, heads) * frames * clips, heads * frames * clips)
-    return [*pairs, (rest, rest)]
-
-
-def _from_rows(x: Tensor, ctx: Any) -> Tensor:
-    return x.view(ctx.shape).permute(2, 1, 3, 0, 4).to(ctx.dtype)  # [B, T, S, H, D]
 
 
 def _shifted(x: Tensor, shift_div: int) -> Tensor:

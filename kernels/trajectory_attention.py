@@ -19,15 +19,17 @@ are any strided views, in particular slices of one fused qkv projection. The Tri
 trajectory_attention_triton.py; docs/kernels/trajectory_attention.md has derivation and tiling.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from timefast.kernels import native
-from timefast.kernels.matmul_attention import columns, plain_backward, rows
 from timefast.kernels.op import (
     Case,
     Impl,
@@ -96,7 +98,7 @@ def trajectory_attention_cpu(*args: Any, values: str, scale: float) -> tuple[Ten
     native_takes = native.takes(*given, keys=q.shape[2], width=q.shape[4])
     if native_takes and q.shape[4] % native.lanes() == 0:
         return _Native.apply(*args, values == "projected", scale)
-    return _Absorbed.apply(*args, values == "projected", scale)
+    return _portable(*args, projected=values == "projected", scale=scale)
 
 
 def _trajectory_attention_triton(*args: Any, values: str, scale: float) -> tuple[Tensor, Tensor]:
@@ -114,7 +116,70 @@ def _why_not_trajectory_triton(q: Tensor, *others: Any, **kwargs: Any) -> list[s
     return reasons
 
 
-_Rows = tuple[Tensor, Tensor, Tensor]  # q, k, v of whole clips, each [A*H, S, D]
+def _portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor,
+    cls_k: Tensor,
+    cls_v: Tensor,
+    *weights: Tensor | None,
+    projected: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Both steps with PyTorch's functions; where gradients follow, parts are computed again."""
+    parts = []
+    for clips in _clip_parts(q):
+        of_clips = []
+        for frames in _frame_parts(q):
+            args = q[clips, frames], k[clips], v[clips], *weights, frames.start, projected, scale
+            if torch.is_grad_enabled():
+                of_clips.append(checkpoint(_part, *args, use_reentrant=False))
+            else:
+                of_clips.append(_part(*args))
+        parts.append(torch.cat(of_clips, 1))
+    keys, values = (
+        torch.cat([cls[:, :, None], x.permute(0, 3, 1, 2, 4).flatten(2, 3)], 2)  # [B, H, 1 + S, D]
+        for cls, x in ((cls_k, k), (cls_v, v))
+    )
+    cls_out = F.scaled_dot_product_attention(cls_q[:, :, None], keys, values, scale=scale)
+    return torch.cat(parts), cls_out[:, :, 0]
+
+
+def _part(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_kv: Tensor,
+    b_kv: Tensor | None,
+    first: int,
+    projected: bool,
+    scale: float,
+) -> Tensor:
+    """Queries of frames from `first` on, q [A, F, N, H, D], and whole clips k, v -> like q."""
+    dtype = q.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        q, k, v, w_q, w_kv = (x.float() for x in (q, k, v, w_q, w_kv))
+        b_q, b_kv = (None if x is None else x.float() for x in (b_q, b_kv))
+    clips, frames, patches, heads, width = q.shape
+    queries = q.flatten(1, 2).transpose(1, 2)[:, None].expand(-1, k.shape[1], -1, -1, -1)
+    x = F.scaled_dot_product_attention(queries, k.transpose(2, 3), v.transpose(2, 3), scale=scale)
+    x = x.permute(0, 3, 1, 2, 4).flatten(0, 1)  # [M, T, H, D], M = A * F * N
+    by_frame = x.view(clips, frames, patches, *x.shape[1:])
+    own = by_frame.diagonal(first, 1, 3).permute(0, 4, 1, 2, 3).flatten(3)  # [A, F, N, C]
+    q2 = F.linear(own, w_q, b_q).view(-1, heads, width)
+    w_k, w_v = w_kv.view(2, heads, width, -1).unbind()
+    absorbed = torch.einsum("mhd,hdc->mhc", q2, w_k)
+    along = (scale * absorbed @ x.flatten(2).transpose(1, 2)).softmax(-1)  # [M, H, T]
+    if projected:
+        out = torch.einsum("mhc,hdc->mhd", along @ x.flatten(2), w_v)
+    else:
+        out = torch.einsum("mht,mthd->mhd", along, x)
+    if b_kv is not None:  # times 0 where nothing depends on it, so that its gradient is zero
+        out = out + int(projected) * b_kv.view(2, heads, width)[1]
+    return out.view(clips, frames, patches, heads, width).to(dtype)
 
 
 class _Weights(NamedTuple):
@@ -127,26 +192,21 @@ class _Weights(NamedTuple):
     v_bias: Tensor | None  # [H, 1, D]
 
 
-class _Part(NamedTuple):
-    """What the queries of some frames found; Q queries of A clips, M = A * Q, all contiguous."""
+def _plain_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of an autograd function: products keep their dtype even where the caller
+    runs it under autocast, and a second derivative is an error."""
 
-    p: Tensor  # [A*H*T, N, Q], probabilities over the patches of a frame, queries last
-    x: Tensor  # [A*H*T, Q, D]
-    x_rows: Tensor  # [M, T, C], the same in the order of the second step
-    own: Tensor  # [M, C]
-    q2: Tensor  # [H, M, D]
-    absorbed: Tensor  # [M, H, C], w_k^T q2
-    along: Tensor  # [M, H, T], probabilities over the frames
-    mixed: Tensor | None  # [M, H, C], sum over the frames of along * x, if values are projected
-    out: Tensor  # [M, H, D]
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return once_differentiable(run)
 
 
-class _Absorbed(torch.autograd.Function):
-    """Both steps for some queries at a time; the backward pass computes them again.
-
-    Scores are laid out with the keys before the queries: the frames are then consecutive blocks of
-    rows, and every product reads and writes whole matrices.
-    """
+class _Native(torch.autograd.Function):
+    """Both steps by native.c, some queries at a time; the backward pass computes them again. x is
+    written in the order of the second step."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -154,53 +214,6 @@ class _Absorbed(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, *cls, w_q, b_q, w_kv, b_kv)
         ctx.projected, ctx.scale = projected, scale
         out, cls_out = q.new_empty(q.shape), q.new_empty(cls[0].shape)
-        weights = _split(w_q, b_q, w_kv, b_kv, q.shape[3])
-        for clips in _clip_parts(q):
-            tokens = _rows(q[clips]), _rows(k[clips]), _rows(v[clips])
-            of_class = _class_attend(_of_class(cls, clips), tokens, scale)[0]
-            cls_out[clips] = of_class.view_as(cls_out[clips])
-            for frames in _frame_parts(q):
-                part = _attend(tokens, weights, q.shape, frames, projected, scale)
-                out[clips, frames] = part.out.view_as(out[clips, frames])
-        return out, cls_out
-
-    @staticmethod
-    @plain_backward
-    def backward(ctx: Any, grad: Tensor, grad_cls: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *cls, w_q, b_q, w_kv, b_kv = ctx.saved_tensors
-        projected, scale = ctx.projected, ctx.scale
-        weights = _split(w_q, b_q, w_kv, b_kv, q.shape[3])
-        grads = [q.new_empty(q.shape) for _ in range(3)]
-        cls_grads = [q.new_empty(cls[0].shape) for _ in range(3)]
-        totals = _Weights(*(None if w is None else torch.zeros_like(w) for w in weights))  # type: ignore[arg-type]
-        for clips in _clip_parts(q):
-            tokens = _rows(q[clips]), _rows(k[clips]), _rows(v[clips])
-            g_cls = _class_rows(grad_cls[clips])
-            class_grads = _class_attend_grad(g_cls, _of_class(cls, clips), tokens, scale)
-            *of_class, dk, dv = class_grads
-            dq = torch.empty_like(tokens[0])
-            for frames in _frame_parts(q):
-                part = _attend(tokens, weights, q.shape, frames, projected, scale)
-                g = grad[clips, frames].to(dk.dtype).flatten(0, 2)  # [M, H, D]
-                _attend_grad(g, part, tokens, weights, q.shape, frames, scale, (dq, dk, dv), totals)
-            for grad_in, x in zip(grads, (dq, dk, dv), strict=True):
-                x = x.view(-1, q.shape[3], *q.shape[1:3], q.shape[4])  # [A, H, T, N, D]
-                grad_in[clips] = x.permute(0, 2, 3, 1, 4)
-            for grad_in, x in zip(cls_grads, of_class, strict=True):
-                grad_in[clips] = x.view_as(grad_in[clips])
-        return *grads, *cls_grads, *_join(totals, w_q, b_q, w_kv, b_kv), None, None
-
-
-class _Native(torch.autograd.Function):
-    """As _Absorbed, both steps by native.c: x is written in the order of the second step, and no
-    probabilities of the first reach memory."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *cls, w_q, b_q, w_kv, b_kv, projected, scale = rest
-        ctx.save_for_backward(q, k, v, *cls, w_q, b_q, w_kv, b_kv)
-        ctx.projected, ctx.scale = projected, scale
-        out, cls_out = (torch.empty(x.shape, dtype=q.dtype) for x in (q, cls[0]))
         weights = _split(w_q, b_q, w_kv, b_kv, q.shape[3])
         native.run_attention(*_class_step(cls[0], k, v, cls[1:], cls_out), scale, _ORDER)
         for clips, frames in _parts(q):
@@ -216,16 +229,18 @@ class _Native(torch.autograd.Function):
         return out, cls_out
 
     @staticmethod
-    @plain_backward
+    @_plain_backward
     def backward(ctx: Any, grad: Tensor, grad_cls: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *cls, w_q, b_q, w_kv, b_kv = ctx.saved_tensors
         projected, scale, heads = ctx.projected, ctx.scale, q.shape[3]
         weights = _split(w_q, b_q, w_kv, b_kv, heads)
         totals = _Weights(*(None if w is None else torch.zeros_like(w) for w in weights))  # type: ignore[arg-type]
-        dq, dk, dv = (torch.empty(q.shape) for _ in range(3))
-        d_cls = [torch.empty(cls[0].shape) for _ in range(3)]
-        tensors, of_cls = _class_step(cls[0], k, v, cls[1:], grad_cls, d_cls[0], dk, dv, d_cls[1:])
-        native.run_attention(tensors, of_cls, scale, _ORDER)
+        dq, dk, dv = (q.new_empty(q.shape, dtype=torch.float32) for _ in range(3))
+        d_cls = [dq.new_empty(cls[0].shape) for _ in range(3)]
+        of_patches, of_class = _class_step(
+            cls[0], k, v, cls[1:], grad_cls, d_cls[0], dk, dv, d_cls[1:]
+        )
+        native.run_attention(of_patches, of_class, scale, _ORDER)
         for clips, frames in _parts(q):
             kept = native.room_to_keep(_queries(q, clips, frames), k[clips], _ORDER)
             x = _answers(q, k, v, clips, frames, scale, kept)
@@ -242,15 +257,13 @@ class _Native(torch.autograd.Function):
                 x, absorbed, scale, projected, p, g.contiguous()
             )
             _absorb_grad(d_absorbed, own, q2, dx, weights, q.shape, frames, totals)
-            some_dk, some_dv = torch.empty(k[clips].shape), torch.empty(v[clips].shape)
+            some_dk, some_dv = torch.empty_like(dk[clips]), torch.empty_like(dv[clips])
             tensors = (
                 _queries(q, clips, frames), k[clips], v[clips],
                 _by_answering_frame(dx, q.shape, frames),
                 _queries(dq, clips, frames), some_dk, some_dv,
             )  # fmt: skip
-            native.run_attention(
-                tensors, (None,) * 7, scale, _ORDER, shared=True, kept=kept
-            )
+            native.run_attention(tensors, (), scale, _ORDER, shared=True, kept=kept)
             dk[clips] += some_dk
             dv[clips] += some_dv
         grads = (x.to(q.dtype) for x in (dq, dk, dv, *d_cls))
@@ -282,9 +295,10 @@ def _answers(
 ) -> Tensor:
     """x [M, T, C] of the queries of some frames, float32."""
     queries = _queries(q, clips, frames)
-    x = torch.empty(len(queries) * queries.shape[2], q.shape[1], q.shape[3] * q.shape[4])
+    shape = len(queries) * queries.shape[2], q.shape[1], q.shape[3] * q.shape[4]
+    x = q.new_empty(shape, dtype=torch.float32)
     tensors = queries, k[clips], v[clips], _by_answering_frame(x, q.shape, frames)
-    native.run_attention(tensors, (None,) * 4, scale, _ORDER, kept=kept)
+    native.run_attention(tensors, (), scale, _ORDER, kept=kept)
     return x
 
 
@@ -328,7 +342,7 @@ def _join(totals: _Weights, w_q: Tensor, b_q: Any, w_kv: Tensor, b_kv: Any) -> l
 
 def _clip_parts(q: Tensor) -> Iterator[slice]:
     size = max(1, WORKSPACE // (_workspace_per_frame(q) * q.shape[1]))
-    return (slice(i, i + size) for i in range(0, q.shape[0], size))
+    return (slice(i, i + size) for i in range(0, max(1, q.shape[0]), size))
 
 
 def _frame_parts(q: Tensor) -> Iterator[slice]:
@@ -343,20 +357,6 @@ def _workspace_per_frame(q: Tensor) -> int:
     _, frames, patches, heads, width = q.shape
     per_query = 2 * frames * patches + 4 * frames * width + 4 * heads * width
     return 4 * heads * patches * per_query
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[A, T, N, H, D] -> contiguous [A*H, S, D], half precision widened."""
-    return rows(x.permute(0, 3, 1, 2, 4).flatten(2, 3))
-
-
-def _class_rows(x: Tensor) -> Tensor:
-    """[A, H, D] -> [A*H, 1, D]"""
-    return rows(x[:, :, None])
-
-
-def _of_class(cls: list[Tensor], clips: slice) -> list[Tensor]:
-    return [_class_rows(x[clips]) for x in cls]
 
 
 def _own(x: Tensor, shape: tuple[int, ...], frames: slice) -> Tensor:
@@ -394,108 +394,6 @@ def _absorb_grad(
         totals.q_bias.add_(dq2.sum(0))
     mine = _own(dx, shape, frames)
     mine.add_((dq2 @ weights.q).view(mine.shape))
-
-
-def _attend(
-    tokens: _Rows,
-    weights: _Weights,
-    shape: tuple[int, ...],
-    frames: slice,
-    projected: bool,
-    scale: float,
-) -> _Part:
-    """Both steps for the queries of `frames`; the rows are those of A whole clips."""
-    _, T, N, H, D = shape
-    q_rows, k_rows, v_rows = tokens
-    q_part = columns(q_rows[:, frames.start * N : frames.stop * N]).mul_(scale)  # [A*H, D, Q]
-    Q = q_part.shape[2]
-    p = torch.bmm(k_rows, q_part).view(-1, N, Q).softmax(1)  # [A*H*T, N, Q]
-    x = torch.bmm(p.transpose(1, 2), v_rows.view(-1, N, D))  # [A*H*T, Q, D]
-    x_rows = x.view(-1, H, T, Q, D).permute(0, 3, 2, 1, 4).reshape(-1, T, H * D)  # [M, T, C]
-
-    own, q2, absorbed = _absorb(x_rows, weights, shape, frames)
-    absorbed = absorbed.transpose(0, 1)  # [M, H, C]
-    along = torch.bmm(absorbed, x_rows.transpose(1, 2)).mul_(scale).softmax(-1)  # [M, H, T]
-    if projected:
-        mixed = torch.bmm(along, x_rows)  # [M, H, C]
-        out = torch.bmm(mixed.transpose(0, 1), weights.v.transpose(1, 2))  # [H, M, D]
-        out = (out if weights.v_bias is None else out + weights.v_bias).transpose(0, 1)
-    else:
-        mixed, out = None, x_rows.new_zeros(len(x_rows), H, D)
-        for s in range(T):
-            out.addcmul_(along[:, :, s, None], x_rows[:, s].view(-1, H, D))
-    return _Part(p, x, x_rows, own, q2, absorbed, along, mixed, out)
-
-
-def _attend_grad(
-    g: Tensor,
-    part: _Part,
-    tokens: _Rows,
-    weights: _Weights,
-    shape: tuple[int, ...],
-    frames: slice,
-    scale: float,
-    grads: tuple[Tensor, Tensor, Tensor],
-    totals: _Weights,
-) -> None:
-    """From g = d out [M, H, D]: write this part of dq; add to dk, dv and the weights' gradients."""
-    _, T, N, H, D = shape
-    q_rows, k_rows, v_rows = tokens
-    dq, dk, dv = grads
-    x_rows = part.x_rows
-    if part.mixed is not None:
-        g_heads = g.transpose(0, 1)  # [H, M, D]
-        totals.v.baddbmm_(g_heads.transpose(1, 2), part.mixed.transpose(0, 1))
-        if totals.v_bias is not None:
-            totals.v_bias.add_(g_heads.sum(1, keepdim=True))
-        d_mixed = torch.bmm(g_heads, weights.v).transpose(0, 1)  # [M, H, C]
-        d_along = torch.bmm(d_mixed, x_rows.transpose(1, 2))  # [M, H, T]
-    else:
-        x_heads = x_rows.view(-1, T, H, D)
-        d_along = torch.stack([(g * x_heads[:, s]).sum(-1) for s in range(T)], -1)  # [M, H, T]
-    d_scores = part.along * (d_along - (part.along * d_along).sum(-1, keepdim=True)) * scale
-    dx_rows = torch.bmm(d_scores.transpose(1, 2), part.absorbed)  # [M, T, C]
-    if part.mixed is not None:
-        dx_rows.baddbmm_(part.along.transpose(1, 2), d_mixed)
-    else:
-        dx_rows.view(-1, T, H, D).addcmul_(part.along.transpose(1, 2)[..., None], g[:, None])
-    d_absorbed = torch.bmm(d_scores, x_rows).transpose(0, 1)  # [H, M, C]
-    _absorb_grad(d_absorbed, part.own, part.q2, dx_rows, weights, shape, frames, totals)
-
-    Q = part.x.shape[1]
-    dx = dx_rows.view(-1, Q, T, H, D).permute(0, 3, 2, 1, 4).reshape(part.x.shape)  # [A*H*T, Q, D]
-    dv.view(-1, N, D).baddbmm_(part.p, dx)
-    ds = torch.bmm(v_rows.view(-1, N, D), dx.transpose(1, 2)).mul_(part.p)  # [A*H*T, N, Q]
-    ds = ds.addcmul_(part.p, ds.sum(1, keepdim=True), value=-1).view(len(dk), T * N, Q)
-    mine = slice(frames.start * N, frames.stop * N)
-    dk.baddbmm_(ds, q_rows[:, mine], alpha=scale)
-    dq[:, mine] = torch.bmm(ds.transpose(1, 2), k_rows).mul_(scale)
-
-
-def _class_attend(cls: list[Tensor], tokens: _Rows, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The class token over itself and all patches: output [A*H, 1, D], and its probabilities."""
-    cls_q, cls_k, cls_v = cls  # [A*H, 1, D]
-    _, k_rows, v_rows = tokens
-    own = (cls_q * cls_k).sum(-1, keepdim=True)  # [A*H, 1, 1]
-    scores = torch.bmm(k_rows, cls_q.transpose(1, 2)).transpose(1, 2)  # [A*H, 1, S]
-    p = torch.cat([own, scores], 2).mul_(scale).softmax(-1)
-    own, p = p[:, :, :1], p[:, :, 1:]
-    return own * cls_v + torch.bmm(p, v_rows), own, p
-
-
-def _class_attend_grad(
-    g: Tensor, cls: list[Tensor], tokens: _Rows, scale: float
-) -> tuple[Tensor, ...]:
-    """Gradients of cls_q, cls_k, cls_v, and what keys and values get from the class token."""
-    cls_q, cls_k, cls_v = cls
-    _, k_rows, v_rows = tokens
-    out, own, p = _class_attend(cls, tokens, scale)
-    delta = (g * out).sum(-1, keepdim=True)  # [A*H, 1, 1]
-    d_own = own * ((g * cls_v).sum(-1, keepdim=True) - delta) * scale
-    d_scores = p * (torch.bmm(g, v_rows.transpose(1, 2)) - delta) * scale  # [A*H, 1, S]
-    dq = d_own * cls_k + torch.bmm(d_scores, k_rows)
-    dk, dv = torch.bmm(d_scores.transpose(1, 2), cls_q), torch.bmm(p.transpose(1, 2), g)
-    return dq, d_own * cls_q, own * g, dk, dv
 
 
 def _case(name: str, *shape: int, values: str = "trajectory", size: str = "tiny") -> Case:
@@ -537,6 +435,8 @@ TRAJECTORY_ATTENTION = register(
             _case("empty-batch", 0, 4, 6, 2, 32),
             _case("mid", 2, 8, 49, 3, 64, size="mid"),
             _case("mid-projected", 2, 8, 49, 3, 64, values="projected", size="mid"),
+            _case("vit-b-width", 4, 8, 49, 12, 64, size="mid"),
+            _case("vit-b-width-projected", 4, 8, 49, 12, 64, values="projected", size="mid"),
             _case("paper-ssv2", 8, 8, 196, 12, 64, size="paper"),
             _case("paper-ssv2-b64", 64, 8, 196, 12, 64, size="paper"),
             _case("paper-projected", 8, 8, 196, 12, 64, values="projected", size="paper"),

@@ -1,10 +1,13 @@
 """What is special to trajectory_attention; tests/test_ops.py has what every op promises."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timefast import ops
+from timefast.kernels import native
 from timefast.kernels import trajectory_attention as portable
 from timefast.kernels.op import OPS
 
@@ -98,12 +101,13 @@ def test_parameters_that_nothing_depends_on_get_exact_zeros(impl):
 
 
 @pytest.mark.parametrize("values", KINDS)
-def test_neither_scores_nor_keys_of_the_whole_clip_are_ever_allocated(values, monkeypatch):
+@pytest.mark.parametrize("path", [contextlib.nullcontext, native.disabled])
+def test_neither_scores_nor_keys_of_the_whole_clip_are_ever_allocated(path, values, monkeypatch):
     B, T, N, H, D = 2, 8, 20, 2, 16
     monkeypatch.setattr(portable, "WORKSPACE", 1 << 16)
     args = make(B, T, N, H, D, dtype=torch.float32)
     seen = Largest()
-    with seen:
+    with path(), seen:
         gradients(args, "cpu", values=values)
     scores, projected = B * H * (T * N) ** 2, B * T * N * T * 2 * H * D
     assert seen.elements < min(scores, projected) / 4

@@ -192,6 +192,15 @@ def _ops(device: str) -> list[dict[str, Any]]:
     return found
 
 
+def _why_no_native() -> str | None:
+    """Why the attention loops in C cannot be compiled or loaded here."""
+    try:
+        from timefast.kernels import native
+    except ImportError:
+        return None  # torch is missing, which is said elsewhere
+    return native.why_not()
+
+
 def _missing(packages: Sequence[dict[str, Any]], driver: str | None) -> list[dict[str, str]]:
     """What could be added here: what it would give, how to get it."""
     missing = [
@@ -199,6 +208,11 @@ def _missing(packages: Sequence[dict[str, Any]], driver: str | None) -> list[dic
         for p in packages
         if p["version"] is None
     ]
+    if reason := _why_no_native():
+        missing.append({
+            "what": "a C compiler with OpenMP", "for": "fast attention on the CPU",
+            "get": f"Debian, Ubuntu: apt-get install gcc, or set CC; now: {reason}",
+        })  # fmt: skip
     if driver is not None:
         if _torch_cuda() is None:
             missing.append({
