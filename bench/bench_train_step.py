@@ -39,7 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "vit-b": {"image_size": 224, "dim": 768, "depth": 12, "heads": 12},
 }
 RUNS = [("vit-b", 8), ("vit-b", 64)] if ON_GPU else [("mid", 2)]  # size, clips
-ROUNDS = 7
+ROUNDS = 11
 # largest relative difference of a loss in three steps
 LIMITS = {"float32": 1e-4, "bfloat16": 3e-2}
 
