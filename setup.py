@@ -17,7 +17,10 @@ setup(
     # timefast/kernels and timefast/pipelines are links to the folders of that name beside this
     # file; neither has an __init__.py (docs/adr/0001-import-names.md says why)
     packages=find_namespace_packages(include=["timefast", "timefast.*"]),
-    package_data={"timefast": ["report_template.html"], "timefast.kernels": ["native.c", "tuned/*.json"]},
+    package_data={
+        "timefast": ["report_template.html"],
+        "timefast.kernels": ["native.c", "tuned/*.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",

@@ -17,7 +17,6 @@ import importlib.util
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from timefast.kernels import native
@@ -29,6 +28,7 @@ from timefast.kernels.op import (
     check_like,
     dispatch,
     in_float32,
+    library_attention,
     register,
     triton_unavailable,
     why_not_triton,
@@ -49,7 +49,7 @@ def time_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tens
     # Positions and heads share a dimension: a batch of B * N can exceed a CUDA grid's 65,535.
     places = q.shape[2:4]
     q, k, v = (x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))  # [B, N*H, T, D]
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    out = library_attention(q, k, v, scale)
     return out.transpose(1, 2).unflatten(2, places)
 
 
@@ -89,7 +89,7 @@ def space_attention_cpu(
         frames = q.shape[:2]
         tokens = (_with_class(*pair) for pair in ((q, cls_q), (k, cls_k), (v, cls_v)))
         q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in tokens)  # [B*T, H, S, D]
-        both = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+        both = library_attention(q, k, v, scale).transpose(1, 2)
         both = both.unflatten(0, frames)  # [B, T, S, H, D]
         wide = torch.promote_types(both.dtype, torch.float32)
         out, cls_frames = both[:, :, 1:], both[:, :, 0].to(wide)

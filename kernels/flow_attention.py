@@ -9,7 +9,6 @@ end at 128 or 256. Letters: B clips, P = T - 1 frame pairs, N patches per frame,
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from timefast.kernels import native
@@ -21,6 +20,7 @@ from timefast.kernels.op import (
     check_like,
     dispatch,
     in_float32,
+    library_attention,
     register,
     triton_unavailable,
     why_not_triton,
@@ -37,7 +37,7 @@ def pairwise_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> 
     if native.takes(q, k, v, keys=q.shape[2], width=q.shape[3]):
         one_head = (x[:, :, None] for x in (q, k, v))
         return native.Attention.apply(*one_head, scale, (0, 1, 2, 3, 4))[0][:, :, 0]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return library_attention(q, k, v, scale)
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

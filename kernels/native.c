@@ -41,7 +41,7 @@ static vec larger(vec a, vec b) { return pick(a > b, a, b); }
 
 /* ---- Products of small matrices ---- */
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !(LANES == 4 && defined(__clang__)) /* clang: not half a vector of 4 */
 #define IN_REGISTER(x) __asm__("" : "+v"(x)) /* else it is loaded again for every row */
 #else
 #define IN_REGISTER(x)

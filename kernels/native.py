@@ -37,7 +37,7 @@ SOURCE = Path(__file__).with_name("native.c")
 # -ffp-contract: a multiplication and an addition become one instruction, in any C standard
 FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
          "-fno-trapping-math", "-w")  # fmt: skip
-# Floats of one sequence's keys; a thread's buffers are seven times that, or 7 MiB.
+# Floats of one sequence's keys; a thread's buffers are some seven times that.
 MAX_KEYS = 1 << 18
 _enabled = True
 
@@ -56,9 +56,10 @@ def why_not() -> str | None:
 def takes(*tensors: Tensor, keys: int, width: int) -> bool:
     """Whether the C loops take these inputs; they are not traced, nor differentiated twice."""
     return (
-        not torch.compiler.is_compiling()
-        and _enabled
-        and keys * width <= MAX_KEYS
+        _enabled
+        and not torch.compiler.is_compiling()
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
+        and keys * max(width, 16) <= MAX_KEYS
         and all(
             x.device.type == "cpu"
             and x.dtype in (torch.float32, torch.bfloat16)
@@ -103,7 +104,7 @@ class Attention(torch.autograd.Function):
         out = q.new_empty(q.shape)
         cls_out = _cls_like(q, order) if cls else None
         # probabilities are kept where they are fewer than q: else forming them again is no slower
-        few = q.shape[order[3]] + bool(cls) <= q.shape[order[4]]
+        few = q.shape[order[3]] + bool(cls) <= q.shape[order[4]] and any(ctx.needs_input_grad)
         kept = room_to_keep(q, k, order, bool(cls)) if few else None
         run_attention((q, k, v, out), (*cls, cls_out), scale, order, fold=fold, kept=kept)
         ctx.save_for_backward(q, k, v, kept, *cls)
@@ -162,8 +163,8 @@ def run_attention(
     alive = []
     for x, c in itertools.zip_longest(tensors, cls):
         strides = x.stride()
-        if strides[last] != 1:
-            x = x.contiguous()  # an input: what is written is dense
+        if strides[last] != 1 or x.is_neg():
+            x = x.resolve_neg().contiguous()  # an input: what is written is dense
             strides = x.stride()
             alive.append(x)
         size = x.element_size()
@@ -174,8 +175,8 @@ def run_attention(
             half_cls = False
         else:
             strides = c.stride()
-            if strides[-1] != 1:
-                c = c.contiguous()
+            if strides[-1] != 1 or c.is_neg():
+                c = c.resolve_neg().contiguous()
                 strides = c.stride()
                 alive.append(c)
             size = c.element_size()
@@ -244,11 +245,12 @@ def _check(failed: int) -> None:
 def _library() -> tuple[Any, str | None]:
     """native.c compiled and loaded, or why that failed."""
     try:
+        file, reason = _compiled(), None
         try:
-            library, reason = ctypes.CDLL(str(_compiled())), None
-        except OSError:  # a file in the cache that is not what a compiler wrote: once more
-            _compiled().unlink()
-            library, reason = ctypes.CDLL(str(_compiled())), None
+            library = ctypes.CDLL(str(file))
+        except OSError:  # perhaps a file in the cache is not what the compiler wrote: once more
+            file.unlink(missing_ok=True)
+            library = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         library, reason = None, str(error)
         logger.warning("attention on the CPU uses the slower functions of PyTorch: %s", reason)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 logger = logging.getLogger("timefast")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looks for a file, imports nothing
@@ -45,6 +46,17 @@ def in_float32(formula: Callable[..., Any]) -> Callable[..., Any]:
 
 def _float(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) else value
+
+
+def library_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """PyTorch's attention over the last two dimensions; half precision on a CPU in float32, since
+    there it rounds probabilities too."""
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).to(dtype)
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -27,6 +27,7 @@ from timefast.kernels.op import (
     check_like,
     dispatch,
     in_float32,
+    library_attention,
     register,
     triton_unavailable,
     why_not_triton,
@@ -50,7 +51,7 @@ def shift_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, shift_div: int, scal
     k, v = _shifted(k, shift_div), _shifted(v, shift_div)
     frames = q.shape[:2]
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B*T, H, S, D]
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    out = library_attention(q, k, v, scale)
     return out.transpose(1, 2).unflatten(0, frames)
 
 

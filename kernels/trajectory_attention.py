@@ -38,6 +38,7 @@ from timefast.kernels.op import (
     check_like,
     dispatch,
     in_float32,
+    library_attention,
     register,
     triton_unavailable,
     why_not_triton,
@@ -96,7 +97,7 @@ def attend_along(
 def trajectory_attention_cpu(*args: Any, values: str, scale: float) -> tuple[Tensor, Tensor]:
     q, given = args[0], [x for x in args if x is not None]
     native_takes = native.takes(*given, keys=q.shape[2], width=q.shape[4])
-    if native_takes and q.shape[4] % native.lanes() == 0:
+    if native_takes and len(q) and q.shape[4] % native.lanes() == 0:
         return _Native.apply(*args, values == "projected", scale)
     return _portable(*args, projected=values == "projected", scale=scale)
 
@@ -142,7 +143,7 @@ def _portable(
         torch.cat([cls[:, :, None], x.permute(0, 3, 1, 2, 4).flatten(2, 3)], 2)  # [B, H, 1 + S, D]
         for cls, x in ((cls_k, k), (cls_v, v))
     )
-    cls_out = F.scaled_dot_product_attention(cls_q[:, :, None], keys, values, scale=scale)
+    cls_out = library_attention(cls_q[:, :, None], keys, values, scale)
     return torch.cat(parts), cls_out[:, :, 0]
 
 
@@ -165,7 +166,7 @@ def _part(
         b_q, b_kv = (None if x is None else x.float() for x in (b_q, b_kv))
     clips, frames, patches, heads, width = q.shape
     queries = q.flatten(1, 2).transpose(1, 2)[:, None].expand(-1, k.shape[1], -1, -1, -1)
-    x = F.scaled_dot_product_attention(queries, k.transpose(2, 3), v.transpose(2, 3), scale=scale)
+    x = library_attention(queries, k.transpose(2, 3), v.transpose(2, 3), scale)
     x = x.permute(0, 3, 1, 2, 4).flatten(0, 1)  # [M, T, H, D], M = A * F * N
     by_frame = x.view(clips, frames, patches, *x.shape[1:])
     own = by_frame.diagonal(first, 1, 3).permute(0, 4, 1, 2, 3).flatten(3)  # [A, F, N, C]
@@ -254,7 +255,7 @@ class _Native(torch.autograd.Function):
                     totals.v_bias.add_(g.sum(1, keepdim=True))
                 g = torch.bmm(g, weights.v)  # [H, M, C]
             dx, d_absorbed = native.run_along_backward(
-                x, absorbed, scale, projected, p, g.contiguous()
+                x, absorbed, scale, projected, p, g.resolve_neg().contiguous()
             )
             _absorb_grad(d_absorbed, own, q2, dx, weights, q.shape, frames, totals)
             some_dk, some_dv = torch.empty_like(dk[clips]), torch.empty_like(dv[clips])

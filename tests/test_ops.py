@@ -4,6 +4,7 @@ Tolerance, for outputs and gradients alike: twice the relative error that the pl
 when it runs in that precision itself, and a little for results that happen to come out exact.
 """
 
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from timefast import ops
+from timefast.kernels import native
 from timefast.kernels.op import OPS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -28,16 +30,22 @@ def named(pairs):
     return [pytest.param(*pair, id=f"{pair[0]}-{pair[1].name}") for pair in pairs]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", "cpu-without-native", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    return request.param
+    if request.param == "cpu-without-native":
+        with native.disabled():
+            yield "cpu"
+    else:
+        yield request.param
 
 
 def implementations_for(name, args, kwargs):
-    """On a GPU its kernels; the portable implementations are swept on the CPU."""
+    """On a GPU its kernels; the portable implementations are swept on the CPU, "cpu" with the C
+    loops and without them."""
     for key, impl in OPS[name].impls.items():
         runs = not impl.unavailable() and not impl.why_not(*args, **kwargs)
-        if runs and (key == "triton" or not args[0].is_cuda):
+        again = not native._enabled and key != "cpu"
+        if runs and not again and (key == "triton" or not args[0].is_cuda):
             yield key
 
 
@@ -179,7 +187,9 @@ def test_gradients_are_right_when_only_some_inputs_want_one(name, device):
             some = [x.detach().requires_grad_(i == j) for j, x in enumerate(args)]
             out = getattr(ops, name)(*some, **kwargs, impl=impl)
             out = out if isinstance(out, tuple) else (out,)
-            (grad,) = torch.autograd.grad(out, some[i], [g.float() for g in grads])
+            wanted = [(x, g.float()) for x, g in zip(out, grads, strict=True) if x.requires_grad]
+            out, upstream_grads = zip(*wanted, strict=True)
+            (grad,) = torch.autograd.grad(out, some[i], upstream_grads)
             assert torch.equal(grad.double(), all_of_them[outputs + i]), (impl, i)
 
 
@@ -190,20 +200,29 @@ def test_one_unused_output_gives_finite_gradients(name, device):
         leaves = [x.detach().requires_grad_() for x in args]
         out = getattr(ops, name)(*leaves, **kwargs, impl=impl)
         for one in out if isinstance(out, tuple) else (out,):
-            grads = torch.autograd.grad(one.sum(), leaves, retain_graph=True)
-            assert all(g.isfinite().all() for g in grads), impl
+            grads = torch.autograd.grad(one.sum(), leaves, retain_graph=True, allow_unused=True)
+            assert all(g is None or g.isfinite().all() for g in grads), impl
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_second_derivatives_are_refused(name, device):
+def test_second_derivatives_are_right_or_refused(name, device):
     args, kwargs = build(OPS[name].cases[0], device=device)
-    for impl in implementations_for(name, args, kwargs):
+
+    def second(impl):
         leaves = [x.detach().requires_grad_() for x in args]
         out = getattr(ops, name)(*leaves, **kwargs, impl=impl)
         total = sum(x.square().sum() for x in (out if isinstance(out, tuple) else (out,)))
         (grad,) = torch.autograd.grad(total, leaves[0], create_graph=True)
-        with pytest.raises((NotImplementedError, RuntimeError), match="twice|differentiable"):
-            grad.sum().backward()
+        grad.sum().backward()
+        return leaves[0].grad.double()
+
+    for impl in implementations_for(name, args, kwargs):
+        try:
+            got = second(impl)
+        except (NotImplementedError, RuntimeError) as error:
+            assert re.search("twice|differentiable|derivative for", str(error)), impl
+        else:
+            assert relative_error(got, second("reference")) < 1e-5, impl
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -236,7 +255,7 @@ def test_autocast_rounds_inputs_to_its_dtype(name, device):
         ):
             assert got.dtype == torch.bfloat16
             assert torch.equal(got, want), impl
-        (out[0] if isinstance(out, tuple) else out).float().sum().backward()
+        sum(x.float().sum() for x in (out if isinstance(out, tuple) else (out,))).backward()
         assert all(x.grad.dtype == torch.float32 for x in leaves), impl
 
 
@@ -253,8 +272,10 @@ def test_a_backward_pass_under_autocast_is_as_exact_as_outside(name, device):
             inside = torch.autograd.grad(
                 out, leaves, [g.to(x.dtype) for g, x in zip(grads, out, strict=True)]
             )
+        # without its own backward pass trajectory attention gets that of PyTorch's products
+        own = native._enabled or name != "trajectory_attention"
         for got, want in zip(inside, outside[len(out) :], strict=False):
-            assert relative_error(got.double(), want) < 1e-6, impl
+            assert relative_error(got.double(), want) < (1e-6 if own else 2e-2), impl
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
