@@ -134,7 +134,8 @@ def environment() -> dict[str, Any]:
         "driver": driver,
         "versions": versions,
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
-        "dirty": bool(_output("git", "status", "--porcelain")),
+        # result files of the same session are no change of what is measured
+        "dirty": bool(_output("git", "status", "--porcelain", ":/", ":(exclude,top)bench/results")),
     }
 
 
