@@ -210,7 +210,7 @@ def _missing(packages: Sequence[dict[str, Any]], driver: str | None) -> list[dic
     ]
     if reason := _why_no_native():
         missing.append({
-            "what": "a C compiler with OpenMP", "for": "fast attention on the CPU",
+            "what": "C compiler, OpenMP", "for": "fast attention on the CPU",
             "get": f"Debian, Ubuntu: apt-get install gcc, or set CC; now: {reason}",
         })  # fmt: skip
     if driver is not None:
