@@ -1,8 +1,9 @@
 /* Attention over many short sequences on a CPU, and the second step of trajectory attention.
 
    A thread takes one sequence at a time into its cache: rows are read where they lie, whatever
-   their strides, widened to float, and results are written where they belong. Only inputs and
-   outputs reach memory; backward passes form the probabilities again.
+   their strides, widened to float, and results are written where they belong. Beside inputs and
+   outputs only probabilities reach memory, where the caller gives room to keep them for the
+   backward pass; else it forms them again.
 
    Scores stand with the keys in rows and up to TILE queries in lanes, so that maximum, sum and the
    sums of the backward pass run down columns: no vector is ever summed across.
@@ -351,11 +352,14 @@ static void write_shifted(const Shape *s, const Tensor *x, const int64_t *at, lo
   }
 }
 
-static float *zeroed(long floats) {
+/* A thread's buffer, or NULL and a note of it. */
+static float *zeroed(long floats, int *failed) {
   const long bytes = round_up(floats * 4, 64);
   float *buffer = aligned_alloc(64, bytes);
-  if (buffer != NULL) memset(buffer, 0, bytes);
-  return buffer;
+  if (buffer != NULL) return memset(buffer, 0, bytes);
+#pragma omp atomic write
+  *failed = 1;
+  return NULL;
 }
 
 /* ---- Attention ---- */
@@ -370,13 +374,9 @@ int attend(const void *numbers, float scale) {
   int failed = 0;
 #pragma omp parallel num_threads(s->threads)
   {
-    float *q = zeroed(Q * D + 2 * keys * D + D * TILE + keys * TILE + TILE * D);
+    float *q = zeroed(Q * D + 2 * keys * D + D * TILE + keys * TILE + TILE * D, &failed);
     float *k = q + Q * D, *v = k + keys * D, *asking = v + keys * D;
     float *tile = asking + D * TILE, *out = tile + keys * TILE;
-    if (q == NULL) {
-#pragma omp atomic write
-      failed = 1;
-    }
 #pragma omp for schedule(static)
     for (long sequence = 0; sequence < sequences; sequence++) {
       const int64_t at[3] = {sequence / s->n[2] / s->n[1], sequence / s->n[2] % s->n[1],
@@ -412,15 +412,11 @@ int attend_backward(const void *numbers, float scale) {
   int failed = 0;
 #pragma omp parallel num_threads(s->threads)
   {
-    float *q = zeroed(3 * Q * D + 4 * keys * D + 2 * D * TILE + 2 * keys * TILE);
+    float *q = zeroed(3 * Q * D + 4 * keys * D + 2 * D * TILE + 2 * keys * TILE, &failed);
     float *g = q + Q * D, *dq = g + Q * D, *k = dq + Q * D, *v = k + keys * D;
     float *dk = v + keys * D, *dv = dk + keys * D;
     float *asking = dv + keys * D, *grads = asking + D * TILE;
     float *tile = grads + D * TILE, *ds = tile + keys * TILE;
-    if (q == NULL) {
-#pragma omp atomic write
-      failed = 1;
-    }
 #pragma omp for schedule(static)
     for (long task = 0; task < tasks; task++) {
       const long frames = s->n[1] / middle;
@@ -497,11 +493,7 @@ int along(const Along *s, const float *x, const float *a, float scale, float *p,
   int failed = 0;
 #pragma omp parallel num_threads(s->threads)
   {
-    float *scores = zeroed(round_up(T, LANES));
-    if (scores == NULL) {
-#pragma omp atomic write
-      failed = 1;
-    }
+    float *scores = zeroed(round_up(T, LANES), &failed);
 #pragma omp for schedule(static)
     for (long i = 0; i < s->n; i++) {
       const float *xi = x + i * T * C;
@@ -532,11 +524,7 @@ int along_backward(const Along *s, const float *x, const float *a, float scale, 
   int failed = 0;
 #pragma omp parallel num_threads(s->threads)
   {
-    float *ds = zeroed(H * T);
-    if (ds == NULL) {
-#pragma omp atomic write
-      failed = 1;
-    }
+    float *ds = zeroed(H * T, &failed);
 #pragma omp for schedule(static)
     for (long i = 0; i < s->n; i++) {
       const float *xi = x + i * T * C, *pi = p + i * H * T;

@@ -19,8 +19,7 @@ are any strided views, in particular slices of one fused qkv projection. The Tri
 trajectory_attention_triton.py; docs/kernels/trajectory_attention.md has derivation and tiling.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +43,8 @@ from timefast.kernels.op import (
     why_not_triton,
 )
 
-# Bytes that the temporary tensors of the portable path may take at once, in the forward as in the
-# backward pass; it works through the queries in parts that keep to it. One frame of queries of one
+# Bytes that the temporary tensors of the CPU's paths may take at once, in the forward as in the
+# backward pass; they work through the queries in parts that keep to it. One frame of queries of one
 # clip is the smallest part.
 WORKSPACE = 1 << 27
 
@@ -193,18 +192,6 @@ class _Weights(NamedTuple):
     v_bias: Tensor | None  # [H, 1, D]
 
 
-def _plain_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For the backward of an autograd function: products keep their dtype even where the caller
-    runs it under autocast, and a second derivative is an error."""
-
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Tensor) -> Any:
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return backward(ctx, *grads)
-
-    return once_differentiable(run)
-
-
 class _Native(torch.autograd.Function):
     """Both steps by native.c, some queries at a time; the backward pass computes them again. x is
     written in the order of the second step."""
@@ -230,8 +217,10 @@ class _Native(torch.autograd.Function):
         return out, cls_out
 
     @staticmethod
-    @_plain_backward
-    def backward(ctx: Any, grad: Tensor, grad_cls: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    @torch.autocast("cpu", enabled=False)  # products keep float32 where the caller has it on
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, grad_cls = output_grads
         q, k, v, *cls, w_q, b_q, w_kv, b_kv = ctx.saved_tensors
         projected, scale, heads = ctx.projected, ctx.scale, q.shape[3]
         weights = _split(w_q, b_q, w_kv, b_kv, heads)

@@ -200,12 +200,14 @@ def test_one_unused_output_gives_finite_gradients(name, device):
         leaves = [x.detach().requires_grad_() for x in args]
         out = getattr(ops, name)(*leaves, **kwargs, impl=impl)
         for one in out if isinstance(out, tuple) else (out,):
-            grads = torch.autograd.grad(one.sum(), leaves, retain_graph=True, allow_unused=True)
-            assert all(g is None or g.isfinite().all() for g in grads), impl
+            # an input on which this output does not depend: zeros, from PyTorch's functions None
+            library = not native._enabled
+            grads = torch.autograd.grad(one.sum(), leaves, retain_graph=True, allow_unused=library)
+            assert all((library and g is None) or g.isfinite().all() for g in grads), impl
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_second_derivatives_are_right_or_refused(name, device):
+def test_second_derivatives_are_refused_or_the_librarys(name, device):
     args, kwargs = build(OPS[name].cases[0], device=device)
 
     def second(impl):
@@ -220,8 +222,10 @@ def test_second_derivatives_are_right_or_refused(name, device):
         try:
             got = second(impl)
         except (NotImplementedError, RuntimeError) as error:
-            assert re.search("twice|differentiable|derivative for", str(error)), impl
+            library = "" if native._enabled else "|derivative for"
+            assert re.search(f"twice|differentiable{library}", str(error)), impl
         else:
+            assert not native._enabled, f"{impl}: no error"
             assert relative_error(got, second("reference")) < 1e-5, impl
 
 
@@ -255,7 +259,9 @@ def test_autocast_rounds_inputs_to_its_dtype(name, device):
         ):
             assert got.dtype == torch.bfloat16
             assert torch.equal(got, want), impl
-        sum(x.float().sum() for x in (out if isinstance(out, tuple) else (out,))).backward()
+        outputs = out if isinstance(out, tuple) else (out,)
+        used = outputs[:1] if native._enabled else outputs  # see unused outputs above
+        sum(x.float().sum() for x in used).backward()
         assert all(x.grad.dtype == torch.float32 for x in leaves), impl
 
 
