@@ -219,8 +219,7 @@ class _Native(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @torch.autocast("cpu", enabled=False)  # products keep float32 where the caller has it on
-    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, grad_cls = output_grads
+    def backward(ctx: Any, grad: Tensor, grad_cls: Tensor) -> Any:  # type: ignore[override]
         q, k, v, *cls, w_q, b_q, w_kv, b_kv = ctx.saved_tensors
         projected, scale, heads = ctx.projected, ctx.scale, q.shape[3]
         weights = _split(w_q, b_q, w_kv, b_kv, heads)
