@@ -1,7 +1,7 @@
 """Time launch parameters on this GPU and write kernels/tuned/<its name>.json, which from then on
 goes before the defaults of its architecture (kernels/tiles.py).
 
-    python -m bench.autotune                                  all attention ops, bfloat16
+    python -m bench.autotune                                  all ops with parameters, bfloat16
     python -m bench.autotune --op space_attention --dtype float32
 
 For each kernel that the op's paper-sized cases launch: every combination of CHOICES, the rest of
@@ -31,6 +31,8 @@ CHOICES = {
     "block_q": (16, 32, 64, 128),
     "block_k": (16, 32, 64),
     "block_c": (32, 64, 128),
+    "tile": (1024, 2048, 4096),
+    "programs": (432, 540, 648, 528, 660, 792),  # 4 to 6 per multiprocessor of an A100, an H200
     "num_warps": (2, 4, 8),
     "num_stages": (1, 2, 3),
 }
@@ -92,10 +94,13 @@ def tune(name: str, dtype: torch.dtype, table: dict[str, Any]) -> None:
     done = set()
     for case in (case for case in OPS[name].cases if case.size == "paper"):
         args, kwargs = case.build(dtype, "cuda", torch.Generator().manual_seed(0))
+        if name == "add_layer_norm":  # as in training under autocast: only the branch is rounded
+            args = tuple(x if i == 1 else x.float() for i, x in enumerate(args))
         leaves = [x.detach().requires_grad_() for x in args]
 
         def step(leaves: Any = leaves, kwargs: Any = kwargs) -> None:
-            out = getattr(ops, name)(*leaves, **kwargs, impl="triton")
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                out = getattr(ops, name)(*leaves, **kwargs, impl="triton")
             out = out if isinstance(out, tuple) else (out,)
             torch.autograd.grad(out, leaves, [torch.ones_like(x) for x in out])
 
@@ -116,8 +121,8 @@ def tune(name: str, dtype: torch.dtype, table: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    attention = [name for name in OPS if name.endswith("attention")]
-    parser.add_argument("--op", choices=attention, action="append", help="default: all")
+    tuned = [name for name in OPS if name.endswith("attention") or name == "add_layer_norm"]
+    parser.add_argument("--op", choices=tuned, action="append", help="default: all")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -127,7 +132,7 @@ def main() -> None:
         )
     device = torch.cuda.current_device()
     table = dict(tiles.table_for(torch.device("cuda", device)))
-    for name in args.op or attention:
+    for name in args.op or tuned:
         tune(name, DTYPES[args.dtype], table)
     table["about"] = (
         f"Measured by python -m bench.autotune on {torch.cuda.get_device_name(device)}, torch "

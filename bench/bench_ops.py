@@ -1,13 +1,14 @@
-"""Every attention op in each implementation, beside what else one could use: the form of the
-published code (permute, keep the probabilities), SDPA with the permutes it needs, xformers, and
-torch.compile of the reference. Forward, backward and both; on a GPU the paper's shapes in bfloat16,
-without one mid sizes in float32. Shapes are the cases of the op's record, named once for tests and
-benches: size "paper" has 8 and 64 clips of 8 and 16 frames.
+"""Every op of a model in each implementation, beside what else one could use: torch.compile of the
+reference; for attention the form of the published code (permute, keep the probabilities), SDPA with
+the permutes it needs, xformers; for add_layer_norm a sum and PyTorch's norm. Forward, backward and
+both; on a GPU the paper's shapes in bfloat16, without one mid sizes in float32. Shapes are the
+cases of the op's record, named once for tests and benches: size "paper" has 8 and 64 clips of 8 and
+16 frames.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from timefast.kernels.op import OPS, Case
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-NOT_ATTENTION = ("farneback", "flow_labels")  # bench_flow measures those
+ELSEWHERE = ("farneback", "flow_labels")  # bench_flow measures those
 Op = Callable[..., Any]
 
 
@@ -80,6 +81,15 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return memory_efficient_attention(q, k, v).transpose(1, 2)
 
 
+def _eager(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *, branch_scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """A sum and PyTorch's norm, which writes float32 under autocast; the linear layer behind it
+    rounds that."""
+    total = x + branch_scale * branch
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps).to(DTYPE)
+
+
 FORMS = {
     "published": _materialised,
     "sdpa": F.scaled_dot_product_attention,
@@ -106,15 +116,26 @@ def _function(name: str, impl: str) -> Op:
         return _compiled_reference(name)
     if impl in FORMS:
         return functools.partial(AROUND[name], FORMS[impl])
+    if impl == "eager":
+        return _eager
     return functools.partial(getattr(ops, name), impl=impl)
+
+
+def _inputs(name: str, case: Case) -> tuple[list[Tensor], dict[str, Any]]:
+    """Of add_layer_norm only the branch is rounded, as it is in training under autocast."""
+    args, kwargs = case.build(DTYPE, DEVICE, torch.Generator().manual_seed(0))
+    if name == "add_layer_norm":
+        args = tuple(x if i == 1 else x.float() for i, x in enumerate(args))
+    return [x.detach().requires_grad_() for x in args], kwargs
 
 
 def _points() -> Iterator[Any]:
     for name, op in OPS.items():
-        if name in NOT_ATTENTION:
+        if name in ELSEWHERE:
             continue
         impls = [*op.impls, "reference", "compiled reference"]
         impls += [form for form in FORMS if name in AROUND and form not in impls]
+        impls += ["eager"] if name == "add_layer_norm" else []
         for case in op.cases:
             if case.size == ("paper" if ON_GPU else "mid"):
                 for impl in impls:
@@ -144,22 +165,23 @@ def skipped_unless_it_fits() -> Iterator[None]:
 @pytest.mark.parametrize("direction", ["fwd", "bwd", "fwd+bwd"])
 @pytest.mark.parametrize("name, case, impl", list(_points()))
 @skipped_unless_it_fits()
-def bench_attention(
+def bench_op(
     measure: Callable[..., None], name: str, case: Case, impl: str, direction: str
 ) -> None:
     if reason := _why_skip(name, impl):
         pytest.skip(reason)
-    args, kwargs = case.build(DTYPE, DEVICE, torch.Generator().manual_seed(0))
-    inputs = [x.detach().requires_grad_() for x in args]
+    inputs, kwargs = _inputs(name, case)
     function = _function(name, impl)
+    autocast = ON_GPU and name == "add_layer_norm"
 
     def forward() -> tuple[Tensor, ...]:
-        out = function(*inputs, **kwargs)
+        with torch.autocast(DEVICE, DTYPE, enabled=autocast):
+            out = function(*inputs, **kwargs)
         return out if isinstance(out, tuple) else (out,)
 
     outputs = forward()
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(x.shape, generator=generator).to(DEVICE, DTYPE) for x in outputs]
+    upstream = [torch.randn(x.shape, generator=generator).to(DEVICE, x.dtype) for x in outputs]
 
     def backward(outputs: tuple[Tensor, ...] = outputs) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
@@ -167,12 +189,15 @@ def bench_attention(
     error = error_of((*outputs, *backward()), name, inputs, kwargs, upstream)
     runs = {"fwd": forward, "bwd": backward, "fwd+bwd": lambda: backward(forward())}
     passes = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[direction]  # 2 products forward, 5 backward
-    work = _flops(name, args)
-    moved = _bytes(inputs) * ("fwd" in direction) + 2 * _bytes(inputs) * ("bwd" in direction)
+    work = _flops(name, inputs)
+    # backward reads the inputs again, or of the sum only its total, and writes their gradients
+    again = outputs[:1] if name == "add_layer_norm" else inputs
+    moved = _bytes(inputs) * ("fwd" in direction)
+    moved += (_bytes(again) + _bytes(inputs)) * ("bwd" in direction)
     moved += _bytes(outputs) * len(direction.split("+"))
     measure(
         runs[direction], error=error, limit=LIMITS[DTYPE], op=name, impl=impl, case=case.name,
-        shapes=[list(x.shape) for x in args], dtype=str(DTYPE).removeprefix("torch."),
+        shapes=[list(x.shape) for x in inputs], dtype=str(DTYPE).removeprefix("torch."),
         direction=direction, bytes=moved, flops=None if work is None else passes * work,
     )  # fmt: skip
 
@@ -188,7 +213,8 @@ def error_of(
     for start in range(0, clips, 2):
         some = slice(start, start + 2)
         part = [x[some] if len(x) == clips else x for x in wide]
-        out = getattr(ops, name)(*part, **kwargs, impl="reference")
+        also = {k: x[some] if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+        out = getattr(ops, name)(*part, **also, impl="reference")
         out = out if isinstance(out, tuple) else (out,)
         torch.autograd.backward(out, [g[some].float() for g in upstream])
         outputs.append([x.detach() for x in out])
@@ -200,8 +226,10 @@ def error_of(
     )
 
 
-def _flops(name: str, args: tuple[Tensor, ...]) -> float | None:
+def _flops(name: str, args: Sequence[Tensor]) -> float | None:
     """Of the two products forward, a multiply-add as 2."""
+    if name == "add_layer_norm":
+        return None
     if name == "pairwise_attention":
         clips, pairs, patches, width = args[0].shape
         return 4.0 * clips * pairs * patches**2 * width

@@ -20,15 +20,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import InductorError
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import published
 from bench.conftest import ON_GPU, device_clock
 from timefast.config import OptimConfig
+from timefast.cuda_graph import GraphedMethod
 from timefast.data.batch import Batch
 from timefast.methods.time_ssl import TimeMethod
 from timefast.models import VideoTransformer, create_model
-from timefast.models.vit import checkpoint_activations
+from timefast.models.vit import Norm, checkpoint_activations
 from timefast.optim import build_optimizer
 
 BACKBONES = ("timesformer", "motionformer", "xvit")
@@ -52,28 +54,40 @@ class Form:
     impl: str = "auto"
     attend: published.Attend = published.materialised
     passes: str = "one"  # one, or two: the second "whole", or for "class" tokens only
+    norms: str = "auto"  # implementation of residual sums with their LayerNorm
     fused: bool = True  # optimizer
     again: str | None = None  # what checkpoint_activations takes
     compiled: bool = False
+    graphed: bool = False  # CUDA graphs
     bf16: bool = ON_GPU
 
 
 WATERFALL: dict[str, Form] = {
     "published form": Form(own=False, fused=False),
-    "token layout without copies": Form(impl="reference", passes="whole", fused=False),
-    "+ fused attention": Form(passes="whole", fused=False),
-    "+ class tokens only, where nobody reads patches": Form(passes="class", fused=False),
-    "+ both passes as one": Form(fused=False),
+    "token layout without copies": Form(
+        impl="reference", norms="reference", passes="whole", fused=False
+    ),
+    "+ fused attention": Form(norms="reference", passes="whole", fused=False),
+    "+ class tokens only, where nobody reads patches": Form(
+        norms="reference", passes="class", fused=False
+    ),
+    "+ both passes as one": Form(norms="reference", fused=False),
+    "+ residual and LayerNorm in one pass": Form(fused=False),
     "+ fused AdamW (timefast)": Form(),
 }
+if not ON_GPU:  # there the reference is all there is
+    del WATERFALL["+ residual and LayerNorm in one pass"]
 OPTIONS: dict[str, Form] = {
+    "--checkpoint-activations gelu": Form(again="gelu"),
     "--checkpoint-activations mlp": Form(again="mlp"),
     "--checkpoint-activations blocks": Form(again="blocks"),
     "--compile": Form(compiled=True),
     "published form, SDPA": Form(own=False, attend=published.sdpa, fused=False),
     "published form, torch.compile": Form(own=False, compiled=True, fused=False),
 }
-if not ON_GPU:
+if ON_GPU:
+    OPTIONS["--cuda-graphs"] = Form(graphed=True)
+else:
     OPTIONS["--precision bf16"] = Form(bf16=True)
 WITHOUT_TIME = ("published form", "+ fused AdamW (timefast)")
 
@@ -88,6 +102,9 @@ class Step:
             backbone, num_classes=CLASSES, frames=FRAMES, patch_size=16, drop_path=0.0,
             impl=form.impl, time_heads=time_losses, **SIZES[size], **options,
         ).to(DEVICE)  # fmt: skip
+        for module in self.model.modules():
+            if isinstance(module, Norm):
+                module.impl = form.norms
         self.optimizer = build_optimizer(self.model, OptimConfig())
         if not form.fused:
             self.optimizer = published.optimizer(self.model, self.optimizer)
@@ -100,6 +117,9 @@ class Step:
         self.autocast = (
             functools.partial(torch.autocast, DEVICE, torch.bfloat16) if form.bf16 else nullcontext
         )
+        if form.graphed:  # captured on a batch of its own: a run copies each batch there, too
+            example, _ = _batch(size, clips)
+            self.losses = GraphedMethod(TimeMethod(self.model), example, self.autocast)
 
     def __call__(self) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -239,8 +259,6 @@ def bench_train_step(
     benchmark: Any, backbone: str, size: str, clips: int, time_losses: bool, name: str
 ) -> None:
     form = {**WATERFALL, **OPTIONS}[name]
-    if form.compiled and not ON_GPU:
-        pytest.skip("torch.compile's C++ takes minutes a model, and does not build everywhere")
     dtype = torch.bfloat16 if form.bf16 else torch.float32
     try:
         ours = _three_losses(backbone, size, form, time_losses)
@@ -249,7 +267,8 @@ def bench_train_step(
         assert error <= limit, f"losses are off by {error:.1e}, more than {limit:.1e}"
         step = Step(backbone, size, clips, form, time_losses)
         rival = _published_step(backbone, size, clips, time_losses)
-        memory = _peak_memory(step)
+        # what graphs keep is theirs for good: a replay allocates nothing that could be counted
+        memory = None if form.graphed else _peak_memory(step)
         rival_seconds: list[float] = []
 
         def let_the_rival_go_first() -> None:
@@ -261,12 +280,14 @@ def bench_train_step(
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         pytest.skip(f"{clips} clips do not fit into this GPU in this form")
+    except InductorError as error:
+        pytest.skip(f"torch.compile does not build this here: {str(error).splitlines()[0]}")
     benchmark.extra_info.update(
         op="train_step", impl=name, case=f"{backbone}{' + TIME' if time_losses else ''}, {size}",
         dtype=str(dtype).removeprefix("torch."), direction="fwd+bwd", clips=clips,
         speedup=statistics.median(rival_seconds[2:]) / len(rival.batch.label)
         / (benchmark.stats.stats.median / clips),
-        peak_memory=memory, kept_memory=step.kept_bytes(), error=error,
+        peak_memory=memory, kept_memory=None if form.graphed else step.kept_bytes(), error=error,
         flops=clips * _flops(backbone, size, time_losses), matmul_rate=_matmul_rate(dtype),
         technique=name in WATERFALL,
     )  # fmt: skip

@@ -1,5 +1,5 @@
-"""What the compiler makes of every attention kernel that the launch parameters can choose:
-registers, spills, shared memory, and which instructions. Needs no GPU.
+"""What the compiler makes of every kernel that the launch parameters can choose: registers, spills,
+shared memory, and which instructions. Needs no GPU.
 
     python -m bench.compile_table               writes docs/kernels/compiled.json and compiled.md
     python -m bench.compile_table --only space  the same for kernels of this name, the rest is kept
@@ -116,6 +116,23 @@ def pairwise_step(patches: int, width: int, dtype: torch.dtype) -> None:
     kernels.pairwise_attention_backward_op(out, q, k, v, lse, 1.0, long)
 
 
+def add_step(width: int, summed: bool, dtype: torch.dtype) -> None:
+    """As in training, under autocast or without: the branch and its next input are of `dtype`."""
+    from timefast.kernels import add_layer_norm_triton as kernels
+
+    x, parameter = torch.empty(8000, width), torch.empty(width)
+    branch, scale, branch_bias = None, None, None
+    if summed:
+        branch, scale, branch_bias = x.to(dtype), torch.empty(8000), parameter
+    total, normed, moments = kernels.add_layer_norm_op(
+        x, branch, parameter, parameter, scale, branch_bias, 1e-6, dtype
+    )
+    saved = (total if summed else x, parameter, scale, moments)
+    kernels.add_layer_norm_backward_op(
+        x if summed else None, normed, *saved, summed, 2 + summed, torch.float32, dtype
+    )
+
+
 WIDTHS = (64, 80, 128)  # of a head; 80 is held as 128
 SHAPES: dict[Callable[..., None], list[tuple[Any, ...]]] = {
     time_step: list(itertools.product((8, 17, 64, 128), WIDTHS)),
@@ -130,12 +147,15 @@ SHAPES: dict[Callable[..., None], list[tuple[Any, ...]]] = {
         *((2, patches, 2, width, False) for patches in (49, 192) for width in WIDTHS),
     ],
     pairwise_step: [(49, 768), (196, 768), (576, 768), (1024, 1024)],
+    # a norm alone, and a sum of all there is to add
+    add_step: list(itertools.product((192, 768, 1024, 2048, 3000, 8192), (False, True))),
 }
 PAPER: dict[Callable[..., None], list[tuple[Any, ...]]] = {
     time_step: [(8, 64)],
     space_step: [(196, 64)],
     shift_step: [(197, 64, 4)],
     trajectory_step: [(8, 196, 12, 64, False)],
+    add_step: [(768, True)],
 }
 
 
@@ -185,10 +205,10 @@ def launches(run: Callable[[], Any]) -> list[tuple[Any, Launch]]:
 
 
 def _specialise(launch: Launch, parameter: Any, value: Any) -> None:
-    """As Triton's launcher does: 1 is a constant, multiples of 16 are known as such."""
+    """As Triton's launcher does: 1 and None are constants, multiples of 16 are known as such."""
     name = parameter.name
     special = isinstance(value, int) and not parameter.do_not_specialize
-    if parameter.is_constexpr or (special and value == 1):
+    if parameter.is_constexpr or value is None or (special and value == 1):
         launch["signature"][name] = "constexpr"
         launch["constants"][name] = value
     elif isinstance(value, torch.Tensor):
@@ -220,7 +240,9 @@ def compiled(kernel: Any, launch: Launch, cc: int) -> dict[str, Any]:
     return {
         "kernel": kernel.__name__,
         "constants": {
-            n: len(v) if isinstance(v, tuple) else v for n, v in constants if n.isupper()
+            n: len(v) if isinstance(v, tuple) else v
+            for n, v in constants
+            if n.isupper() or v is None
         },
         "divisible": [n for n in launch["divisible"] if launch["signature"][n] == "i32"],
         "cc": cc,
@@ -314,7 +336,7 @@ def main() -> None:
         rows += [
             row
             for row in before
-            if row["triton"] != version or not row["kernel"].startswith(args.only or "")
+            if row["triton"] != version or not row["entry"].startswith(args.only or "")
         ]
     rows.sort(key=_order)
     lines = ",\n".join(json.dumps(row) for row in rows)
@@ -336,15 +358,17 @@ def _order(row: dict[str, Any]) -> tuple[Any, ...]:
 def _page(rows: list[dict[str, Any]]) -> str:
     """A line per kernel, dtype and launch parameters: smallest and largest reading."""
     main_version = Counter(row["triton"] for row in rows).most_common(1)[0][0]
-    columns = ("kernel", "dtype", "head width", "length", "parameters", "variants", *READINGS)
+    columns = ("kernel", "dtype", "width", "length", "parameters", "variants", *READINGS)
     text = [
-        "# What the compiler makes of the attention kernels",
+        "# What the compiler makes of the kernels",
         "",
         f"Written by `python -m bench.compile_table` with Triton {main_version}; none of it was",
         "run on a GPU. Every variant stands in compiled.json. Spills count loads and stores of",
         "local memory; shared memory is in bytes per block (at most 166,912 on sm_80, 232,448 on",
-        "sm_90 and sm_100). Length: T for kernels over time and along a trajectory, tokens or",
-        "patches per frame for the others. float16 compiles like bfloat16.",
+        "sm_90 and sm_100). Width: of the model for pairwise_attention and add_layer_norm, of a",
+        "head for the others. Length: T for kernels over time and along a trajectory, 1 for",
+        "add_layer_norm, tokens or patches per frame for the others. float16 compiles like",
+        "bfloat16, which for add_layer_norm is float32 with a branch and a result in bfloat16.",
     ]
     for cc in TARGETS:
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}

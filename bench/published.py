@@ -75,6 +75,10 @@ def _mlp(mlp: Mlp, x: Tensor) -> Tensor:
     return mlp.fc2(F.gelu(mlp.fc1(x)))
 
 
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
 def _features(model: VideoTransformer, video: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
     """Features.cls and Features.tokens."""
     if isinstance(model, TimeSformer):
@@ -117,17 +121,17 @@ def _divided_block(block: DividedBlock, x: Tensor, T: int, attend: Attend) -> Te
     cls, patches = x[:, :1], x[:, 1:]
     N = patches.shape[1] // T
     by_place = patches.reshape(B, T, N, C).transpose(1, 2).reshape(B * N, T, C)
-    out = _attention(block.temporal_attn, block.temporal_norm1(by_place), attend)
+    out = _attention(block.temporal_attn, _norm(block.temporal_norm1, by_place), attend)
     out = out.reshape(B, N, T, C).transpose(1, 2).reshape(B, T * N, C)
     patches = patches + block.temporal_fc(out)
 
     by_frame = patches.reshape(B * T, N, C)
     copies = cls.repeat(1, T, 1).reshape(B * T, 1, C)
     frames = torch.cat([copies, by_frame], 1)  # [B*T, 1+N, C]
-    out = _attention(block.attn, block.norm1(frames), attend)
+    out = _attention(block.attn, _norm(block.norm1, frames), attend)
     of_class = out[:, 0].reshape(B, T, C).mean(1, keepdim=True)
     x = torch.cat([cls, patches], 1) + torch.cat([of_class, out[:, 1:].reshape(B, T * N, C)], 1)
-    return x + _mlp(block.mlp, block.norm2(x))
+    return x + _mlp(block.mlp, _norm(block.norm2, x))
 
 
 def _motionformer(model: Motionformer, video: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
@@ -140,8 +144,8 @@ def _motionformer(model: Motionformer, video: Tensor, attend: Attend) -> tuple[T
     times = model.temp_embed.repeat_interleave(N, 1)
     x = x + places + torch.cat([torch.zeros_like(places[:, :1]), times], 1)
     for block in model.blocks:
-        x = x + _trajectory(block.attn, block.norm1(x), T, attend)
-        x = x + _mlp(block.mlp, block.norm2(x))
+        x = x + _trajectory(block.attn, _norm(block.norm1, x), T, attend)
+        x = x + _mlp(block.mlp, _norm(block.norm2, x))
     x = model.pre_logits(model.norm(x))
     return x[:, 0], x[:, 1:].unflatten(1, (T, N))
 
@@ -174,8 +178,8 @@ def _xvit(model: XViT, video: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
     x = torch.cat([base.cls_token.expand(B * T, -1, -1), x], 1) + _bicubic(base, N)
     x = (x.reshape(B, T, 1 + N, -1) + base.temp_embed).reshape(B * T, 1 + N, -1)
     for block in base.blocks:
-        x = x + _shifted(block, block.norm1(x), T, attend)
-        x = x + _mlp(block.mlp, block.norm2(x))
+        x = x + _shifted(block, _norm(block.norm1, x), T, attend)
+        x = x + _mlp(block.mlp, _norm(block.norm2, x))
     x = base.norm(x).unflatten(0, (B, T))
     return x[:, :, 0], x[:, :, 1:]
 

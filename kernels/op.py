@@ -101,18 +101,20 @@ def triton_unavailable() -> list[str]:
     return []
 
 
-def why_not_triton(q: torch.Tensor, max_width: int) -> list[str]:
-    """Why the Triton attention kernels cannot take inputs like `q`."""
+def why_not_triton(q: torch.Tensor, max_width: int, name: str = "q") -> list[str]:
+    """Why Triton kernels cannot take inputs like `q`, an argument of this name."""
     reasons = []
     if q.device.type == "cuda":
         if torch.cuda.get_device_capability(q.device) < (8, 0):
             reasons.append(f"{q.device} is older than compute capability 8.0")
     elif q.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"q is on {q.device}; triton takes CUDA")
+        reasons.append(f"{name} is on {q.device}; triton takes CUDA")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"q is {q.dtype}; triton takes float16, bfloat16, float32")
+        reasons.append(f"{name} is {q.dtype}; triton takes float16, bfloat16, float32")
     if q.shape[-1] > max_width:
-        reasons.append(f"q is {q.shape[-1]} wide in its last dimension; triton takes {max_width}")
+        reasons.append(
+            f"{name} is {q.shape[-1]} wide in its last dimension; triton takes {max_width}"
+        )
     return reasons
 
 

@@ -54,6 +54,13 @@ def test_a_tuned_row_serves_its_shapes_and_leaves_larger_ones_to_the_defaults():
     assert len(rows) == len(defaults["time_attention_fwd"]) + 2
 
 
+def test_every_launch_parameter_of_a_norm_may_be_chosen():
+    for entry in ("add_layer_norm_fwd", "add_layer_norm_bwd"):
+        present = tiles.find(tiles.table("sm_90"), entry, torch.bfloat16, 768, 1)
+        assert set(present) <= set(autotune.CHOICES)
+        assert all(value in autotune.CHOICES[key] for key, value in present.items())
+
+
 def test_only_the_kernel_in_question_is_launched_with_the_candidate(monkeypatch):
     monkeypatch.setattr(autotune.triton.testing, "do_bench", lambda run, return_mode: run())
     q = torch.empty(1, 8, 4, 2, 64, dtype=torch.float16)
@@ -68,8 +75,9 @@ def test_only_the_kernel_in_question_is_launched_with_the_candidate(monkeypatch)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it runs")
-def test_without_a_gpu_it_refuses_and_says_what_is_used_instead(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench.autotune"])
+@pytest.mark.parametrize("flags", [(), ("--op", "add_layer_norm")], ids=["all", "one op"])
+def test_without_a_gpu_it_refuses_and_says_what_is_used_instead(flags, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.autotune", *flags])
     with pytest.raises(SystemExit) as stopped:
         autotune.main()
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""The attention kernels compile for GPUs that need not be here, and fit them.
+"""The kernels compile for GPUs that need not be here, and fit them.
 
 A child process compiles: one that interprets kernels, as the tests do without a GPU, cannot.
 """
@@ -34,8 +34,8 @@ def compile_in_child(*flags):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--only", "space"), pytest.param((), marks=pytest.mark.slow)],
-    ids=["space", "all ops"],
+    [("--only", "space"), ("--only", "add"), pytest.param((), marks=pytest.mark.slow)],
+    ids=["space", "add", "all ops"],
 )
 def test_the_papers_shapes_fit_an_a100_and_use_its_tensor_cores_and_wide_loads(flags):
     rows = compile_in_child(*flags)
@@ -43,7 +43,8 @@ def test_the_papers_shapes_fit_an_a100_and_use_its_tensor_cores_and_wide_loads(f
     for r in rows:
         assert r["spills"] == r["stack"] == 0, r
         assert r["shared"] <= SHARED_LIMIT[80], r
-        assert {"mma.sync", "wgmma"} & set(r["features"]), r
+        if not r["kernel"].startswith("add"):  # which has no products
+            assert {"mma.sync", "wgmma"} & set(r["features"]), r
         assert "128-bit loads" in r["features"] and "atomics" not in r["features"], r
         if r["cc"] == 90 and r["kernel"].startswith("space"):
             assert "wgmma" in r["features"], r

@@ -17,7 +17,7 @@ FLOORS = {
     "models": 1, "losses": 1, "data": 1, "config": 1, "optim": 1, "log": 1, "errors": 0,
     "device": 1, "distributed": 1, "interrupt": 1, "profiling": 1,
     "failures": 1, "meter": 1, "cache": 1,
-    "methods": 2, "pipelines": 2,
+    "methods": 2, "pipelines": 2, "cuda_graph": 2,
     "recipes": 3, "checkpoint": 3, "eval": 3, "run_folder": 3, "weights": 3, "convert": 3,
     "patching": 3,
 }  # fmt: skip

@@ -146,7 +146,7 @@ def kept_bytes():
 def test_activations_computed_again_change_no_gradient_and_need_less_memory(backbone):
     """Also with stochastic depth, which must be drawn alike both times."""
     grads, memory = [], []
-    for what in ("none", "mlp", "blocks"):
+    for what in ("none", "gelu", "mlp", "blocks"):
         model = small(backbone, drop_path=0.5)
         if what != "none":
             checkpoint_activations(model, what)
@@ -160,7 +160,7 @@ def test_activations_computed_again_change_no_gradient_and_need_less_memory(back
     for other in grads[1:]:
         for one, two in zip(grads[0], other, strict=True):
             torch.testing.assert_close(one, two)
-    assert memory[2] < memory[1] < memory[0]
+    assert memory == sorted(set(memory), reverse=True)  # less from each to the next
 
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")

@@ -179,7 +179,10 @@ class RunConfig:
     )
     impl: str = _flag("auto", "implementation of the attention ops")
     compile: bool = _flag(False, "torch.compile the backbone")
-    checkpoint_activations: Literal["none", "mlp", "blocks"] = _flag(
+    cuda_graphs: bool = _flag(
+        False, "capture forward and backward of a full batch as CUDA graphs and replay them"
+    )
+    checkpoint_activations: Literal["none", "gelu", "mlp", "blocks"] = _flag(
         "none", "what the backward pass computes again instead of keeping it in memory"
     )
     profile: bool = _flag(False, "write a profiler trace and the time of each part of a step")
@@ -201,6 +204,10 @@ class RunConfig:
             _reject(self, "timeout", "a positive number of seconds")
         if self.shard and self.compile:
             raise InputError("--shard and --compile: leave one of the two out")
+        for name in ("shard", "compile", "profile", "checkpoint_activations"):
+            if self.cuda_graphs and getattr(self, name) not in (False, "none"):
+                other = name.replace("_", "-")
+                raise InputError(f"--cuda-graphs and --{other}: leave one of the two out")
         if self.views[0] < 1 or self.views[1] not in (1, 3):
             _reject(self, "views", "1 or more temporal x 1 or 3 spatial")
 

@@ -1,5 +1,6 @@
 """The public ops: each function's file in timefast.kernels says what it computes."""
 
+from timefast.kernels.add_layer_norm import add_layer_norm
 from timefast.kernels.divided_attention import space_attention, time_attention
 from timefast.kernels.farneback import farneback
 from timefast.kernels.flow_attention import pairwise_attention
@@ -9,6 +10,7 @@ from timefast.kernels.shift_attention import shift_attention
 from timefast.kernels.trajectory_attention import trajectory_attention
 
 __all__ = [
+    "add_layer_norm",
     "farneback",
     "flow_labels",
     "implementations",

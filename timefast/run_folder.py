@@ -19,7 +19,7 @@ CHANGEABLE = {
     ("run", "save_every"), ("run", "keep"), ("run", "views"), ("run", "shuffles"),
     ("data", "root"), ("data", "workers"), ("data", "max_bad_fraction"),
     ("data", "max_bad_in_a_row"), ("optim", "max_steps"), ("run", "timeout"), ("run", "shard"),
-    ("run", "profile"), ("run", "checkpoint_activations"),
+    ("run", "profile"), ("run", "checkpoint_activations"), ("run", "cuda_graphs"),
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from timefast.checkpoint import (
     save_checkpoint,
 )
 from timefast.config import Parser, RunConfig, TrainConfig, add_flags, given_flags
+from timefast.cuda_graph import GraphedMethod, check_cuda_graphs
 from timefast.data.batch import Batch, Failure, stand_in
 from timefast.data.rng import generator, torch_seed
 from timefast.device import autocast_for, device_name
@@ -147,6 +148,7 @@ class Trainer:
         self.interrupt = interrupt
         self.leads = distributed.rank() == 0  # the leader alone writes the run folder
         self.device, self.videos, self.validation = distributed.together(lambda: look_up(config))
+        check_cuda_graphs(config.run.cuda_graphs, self.device)
         refuse_other_videos(self.videos)
         # absolute, so that the run can be evaluated and continued from any folder
         self.config = config = config.replace({("data", "root"): self.videos.root})
@@ -179,6 +181,9 @@ class Trainer:
         if self.sharded:
             distributed.shard(self.model, ("time_outputs", "paired_outputs"))
             self.parallel: nn.Module = self.method
+        elif config.run.cuda_graphs:  # before other threads turn to the device, as the loader's do
+            example = stand_in(self.spec, self._clips_between(0, 1), 0).to(self.device)
+            self.parallel = GraphedMethod(self.method, example, self.autocast)
         else:
             self.parallel = distributed.replicate(self.method, self.device)
         self.optimizer = build_optimizer(self.model, config.optim)

@@ -23,8 +23,10 @@ from timefast.models.vit import (
     Attention,
     Block,
     Mlp,
+    Norm,
     PatchEmbed,
     PreLogits,
+    add_scaled,
     attend_once,
     drop_path_rates,
     grid_of,
@@ -155,19 +157,16 @@ class TrajectoryBlock(nn.Module):
     def __init__(self, attn: TrajectoryAttention, dim: int, mlp_ratio: float, drop_path: float):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = Norm(dim, impl=attn.impl)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = Norm(dim, impl=attn.impl)
         self.mlp = Mlp(dim, mlp_ratio)
 
     def forward(self, cls: Tensor, x: Tensor, *, cls_only: bool = False) -> tuple[Tensor, Tensor]:
         """cls [B, C], x [B, T, N, C] -> the same shapes; x is left as it is if `cls_only`."""
-        if cls_only:
-            residual = self.attn.class_only(self.norm1(cls), self.norm1(x))
-            cls, _ = _add(self, cls, x, residual, None)
-            return _add(self, cls, x, self.mlp(self.norm2(cls)), None)
-        cls, x = _add(self, cls, x, *self.attn.attend(self.norm1(cls), self.norm1(x)))
-        return _add(self, cls, x, self.mlp(self.norm2(cls)), self.mlp(self.norm2(x)))
+        normed, attn = (self.norm1(cls), self.norm1(x)), self.attn
+        residuals = (attn.class_only(*normed), None) if cls_only else attn.attend(*normed)
+        return _end(self, cls, x, *residuals)
 
 
 class DividedBlock(nn.Module):
@@ -179,18 +178,17 @@ class DividedBlock(nn.Module):
         self.drop_path, self.impl = drop_path, impl
         self.timeattn = Attention(dim, heads)
         self.attn = Attention(dim, heads)
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.norm3 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1, self.norm2, self.norm3 = (Norm(dim, impl=impl) for _ in range(3))
         self.mlp = Mlp(dim, mlp_ratio)
 
     def forward(self, cls: Tensor, x: Tensor, *, cls_only: bool = False) -> tuple[Tensor, Tensor]:
         """cls [B, C], x [B, T, N, C] -> the same shapes; with `cls_only` nobody reads x."""
         cls_residual, residual = self.attend(self.timeattn, self.norm3(cls), self.norm3(x), True)
-        cls, x = cls + cls_residual, x + residual  # no stochastic depth, as in the published code
-        cls, x = _add(self, cls, x, *self.attend(self.attn, self.norm1(cls), self.norm1(x), False))
-        rest = None if cls_only else self.mlp(self.norm2(x))
-        return _add(self, cls, x, self.mlp(self.norm2(cls)), rest)
+        # no stochastic depth here, as in the published code
+        cls, cls_normed = self.norm1.add(cls, cls_residual)
+        x, normed = self.norm1.add(x, residual)
+        cls_residual, residual = self.attend(self.attn, cls_normed, normed, False)
+        return _end(self, cls, x, cls_residual, None if cls_only else residual)
 
     @part("time and space attention")
     def attend(
@@ -204,15 +202,23 @@ class DividedBlock(nn.Module):
         return cls_out, attn.merge(out.transpose(1, 2) if over_time else out)
 
 
-def _add(
-    block: nn.Module, cls: Tensor, x: Tensor, cls_residual: Tensor, residual: Tensor | None
+def _end(
+    block: TrajectoryBlock | DividedBlock,
+    cls: Tensor,
+    x: Tensor,
+    cls_residual: Tensor,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Residuals onto class token and patches, with one draw of stochastic depth per clip."""
-    clip = keep_scale(block, (cls.shape[0], 1), cls)
-    cls = cls + (cls_residual if clip is None else clip * cls_residual)
-    if residual is not None:
-        x = x + (residual if clip is None else clip[:, :, None, None] * residual)
-    return cls, x
+    """The residuals of attention, and the MLP; stochastic depth with one draw per clip, for class
+    token and patches, for each of the two. Patches without a residual are left as they are."""
+    clip, clip_again = (keep_scale(block, (cls.shape[0], 1), cls) for _ in range(2))
+    cls, normed = block.norm2.add(cls, cls_residual, clip)
+    cls = add_scaled(cls, block.mlp(normed), clip_again)
+    if residual is None:
+        return cls, x
+    x, normed = block.norm2.add(x, residual, None if clip is None else clip[..., None, None])
+    clip_again = None if clip_again is None else clip_again[..., None, None]
+    return cls, add_scaled(x, block.mlp(normed), clip_again)
 
 
 class Motionformer(VideoTransformer):
@@ -288,7 +294,7 @@ class Motionformer(VideoTransformer):
 
         def block(rate: float) -> nn.Module:
             if attention == "joint":
-                return Block(dim, heads, mlp_ratio, rate)
+                return Block(dim, heads, mlp_ratio, rate, impl=impl)
             if attention == "divided":
                 return DividedBlock(dim, heads, mlp_ratio, rate, impl)
             attn = TrajectoryAttention(dim, heads, values, approx, landmarks, impl)

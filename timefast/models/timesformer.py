@@ -23,7 +23,9 @@ from timefast.models.vit import (
     Attention,
     Block,
     Mlp,
+    Norm,
     PatchEmbed,
+    add_scaled,
     attend_once,
     drop_path_rates,
     grid_of,
@@ -44,12 +46,12 @@ class DividedBlock(nn.Module):
     def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float, impl: str):
         super().__init__()
         self.drop_path, self.impl = drop_path, impl
-        self.temporal_norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.temporal_norm1 = Norm(dim, impl=impl)
         self.temporal_attn = Attention(dim, heads)
         self.temporal_fc = nn.Linear(dim, dim)
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = Norm(dim, impl=impl)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = Norm(dim, impl=impl)
         self.mlp = Mlp(dim, mlp_ratio)
 
     def forward(self, cls: Tensor, x: Tensor, *, cls_only: bool = False) -> tuple[Tensor, Tensor]:
@@ -58,46 +60,47 @@ class DividedBlock(nn.Module):
         With `cls_only` the patches are left as they are after the temporal step: nobody reads
         them any more.
         """
-        x = x + self.time_step(x)
-        cls_residual, residual = self.space_step(cls, x, cls_only)
-        cls = cls + cls_residual
+        x, normed = self.norm1.add(x, *self.time_step(self.temporal_norm1(x)))
+        cls_residual, residual, frame = self.space_step(self.norm1(cls), normed, cls_only)
+        cls, cls_normed = self.norm2.add(cls, cls_residual)
         clip = keep_scale(self, (cls.shape[0], 1), cls)  # one draw per clip, for class and patches
-        cls_residual = self.mlp(self.norm2(cls))
-        cls = cls + (cls_residual if clip is None else clip * cls_residual)
+        cls = add_scaled(cls, self.mlp(cls_normed), clip)
         if residual is None:
             return cls, x
-        x = x + residual
-        residual = self.mlp(self.norm2(x))
-        x = x + (residual if clip is None else clip[:, :, None, None] * residual)
-        return cls, x
+        x, normed = self.norm2.add(x, residual, frame)
+        return cls, add_scaled(x, self.mlp(normed), None if clip is None else clip[..., None, None])
 
     @part("time attention")
-    def time_step(self, x: Tensor) -> Tensor:
-        """Each patch position over its own frames; the class token takes no part."""
+    def time_step(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Each patch position over its own frames; the class token takes no part. -> residual, its
+        stochastic depth, and a bias that survives it."""
         B, _, N, _ = x.shape
-        q, k, v = self.temporal_attn.split(self.temporal_norm1(x))  # [B, T, N, H, D]
+        q, k, v = self.temporal_attn.split(x)  # [B, T, N, H, D]
         out = ops.time_attention(q, k, v, impl=self.impl).flatten(-2)  # [B, T, N, C]
         # temporal_fc follows the output projection with nothing but a drop in between, so the two
         # are one matrix: W_fc m (W o + b) + b_fc = m (W_fc W) o + m W_fc b + b_fc
         fc = self.temporal_fc
         weight, bias = merged(fc, self.temporal_attn.proj)
-        position = keep_scale(self, (B, 1, N, 1), x)  # one draw per clip and patch position
+        position = keep_scale(self, (B, 1, N, 1), fc.weight)  # one draw per clip and patch position
         if position is None:
-            return F.linear(out, weight, bias + fc.bias)
-        return position * F.linear(out, weight, bias) + fc.bias  # the bias of fc survives a drop
+            return F.linear(out, weight, bias + fc.bias), None, None
+        return F.linear(out, weight, bias), position, fc.bias
 
     @part("space attention")
-    def space_step(self, cls: Tensor, x: Tensor, cls_only: bool) -> tuple[Tensor, Tensor | None]:
+    def space_step(
+        self, cls: Tensor, x: Tensor, cls_only: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Each frame's patches and the class token within the frame; the class token's T answers
-        are averaged. The residual of the patches is None if `cls_only`."""
+        are averaged. -> residual of the class token, that of the patches (None if `cls_only`) and
+        its stochastic depth."""
         B, T = x.shape[:2]
-        frame = keep_scale(self, (B, T), x)  # one draw per clip and frame
+        frame = keep_scale(self, (B, T), self.attn.proj.weight)  # one draw per clip and frame
         weight = None if frame is None else frame / T
-        of_class = self.attn.split(self.norm1(cls))
+        of_class = self.attn.split(cls)
         if cls_only:
-            cls_out = self.class_over_frames(of_class, self.norm1(x), weight)
+            cls_out = self.class_over_frames(of_class, x, weight)
         else:
-            q, k, v = self.attn.split(self.norm1(x))  # [B, T, N, H, D]
+            q, k, v = self.attn.split(x)  # [B, T, N, H, D]
             out, cls_out = ops.space_attention(
                 q, k, v, *of_class, frame_weight=weight, impl=self.impl
             )
@@ -106,9 +109,8 @@ class DividedBlock(nn.Module):
             # the published mean over frames of w (W o + b) is W (mean w o) + b mean w
             cls_residual = cls_residual + (frame.mean(1, keepdim=True) - 1) * self.attn.proj.bias
         if cls_only:
-            return cls_residual, None
-        residual = self.attn.merge(out)
-        return cls_residual, residual if frame is None else frame[:, :, None, None] * residual
+            return cls_residual, None, None
+        return cls_residual, self.attn.merge(out), None if frame is None else frame[..., None, None]
 
     def class_over_frames(
         self, of_class: tuple[Tensor, ...], x: Tensor, frame_weight: Tensor | None
@@ -165,7 +167,7 @@ class TimeSformer(VideoTransformer):
         self.blocks = nn.ModuleList(
             DividedBlock(dim, heads, mlp_ratio, rate, impl)
             if attention == "divided"
-            else Block(dim, heads, mlp_ratio, rate)
+            else Block(dim, heads, mlp_ratio, rate, impl=impl)
             for rate in rates
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)

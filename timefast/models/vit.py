@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from timefast import ops
 from timefast.profiling import part
 
 NORM_EPS = 1e-6  # LayerNorm of every backbone (the temporal head of X-ViT has torch's 1e-5)
@@ -89,6 +90,31 @@ def merged(second: nn.Linear, first: nn.Linear) -> tuple[Tensor, Tensor]:
         return second.weight @ first.weight, second.weight @ first.bias
 
 
+class Norm(nn.LayerNorm):
+    """LayerNorm, also of a sum with which it is one pass over the tokens."""
+
+    def __init__(self, dim: int, eps: float = NORM_EPS, impl: str = "auto"):
+        super().__init__(dim, eps=eps)
+        self.impl = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> the same shape, under autocast in its dtype."""
+        return self.add(x, None)[1]
+
+    def add(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        scale: Tensor | None = None,
+        branch_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x + scale * branch + branch_bias, and that normalised: see `ops.add_layer_norm`."""
+        return ops.add_layer_norm(
+            x, branch, self.weight, self.bias,
+            branch_scale=scale, branch_bias=branch_bias, eps=self.eps, impl=self.impl,
+        )  # fmt: skip
+
+
 class Attention(nn.Module):
     """The two projections around an attention op."""
 
@@ -141,7 +167,10 @@ class Mlp(nn.Module):
 
     @part("mlp")
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.second(self.fc1(x))
+
+    def second(self, hidden: Tensor) -> Tensor:
+        return self.fc2(F.gelu(hidden))
 
 
 class PreLogits(nn.Module):
@@ -179,41 +208,48 @@ class Block(nn.Module):
         *,
         qkv_bias: bool = True,
         norm_eps: float = NORM_EPS,
+        impl: str = "auto",
     ):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = Norm(dim, norm_eps, impl)
         self.attn = Attention(dim, heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = Norm(dim, norm_eps, impl)
         self.mlp = Mlp(dim, mlp_ratio)
 
     def forward(self, z: Tensor) -> Tensor:
         """z [B, S, C] -> [B, S, C]."""
-        z = z + self.drop(self.attn(self.norm1(z)))
-        return z + self.drop(self.mlp(self.norm2(z)))
-
-    def drop(self, residual: Tensor) -> Tensor:
-        scale = keep_scale(self, (residual.shape[0], 1, 1), residual)
-        return residual if scale is None else residual * scale
+        per_clip = (z.shape[0], 1, 1)
+        residual = self.attn(self.norm1(z))
+        z, normed = self.norm2.add(z, residual, keep_scale(self, per_clip, z))
+        residual = self.mlp(normed)
+        return add_scaled(z, residual, keep_scale(self, per_clip, z))
 
 
 def checkpoint_activations(model: nn.Module, what: str) -> None:
     """Let the backward pass compute activations again instead of keeping them, in place.
 
-    "mlp": those inside of every MLP, its hidden layer of `mlp_ratio` times the width, for one more
-    of its first products. "blocks": all inside of every block, for one more forward pass.
+    "gelu": the activation in every MLP, half of what an MLP keeps, for one more pass over its
+    hidden layer (of `mlp_ratio` times the width). "mlp": that layer too, for one more of the MLP's
+    first products. "blocks": all inside of every block, for one more forward pass.
     """
-    kinds = {"mlp": Mlp, "blocks": nn.Module}
-    if what not in kinds:
-        raise ValueError(f"checkpoint_activations: expected mlp or blocks, got {what!r}")
+    if what not in ("gelu", "mlp", "blocks"):
+        raise ValueError(f"checkpoint_activations: expected gelu, mlp or blocks, got {what!r}")
     for block in model.blocks:  # type: ignore[union-attr]
-        for module in [block] if what == "blocks" else block.modules():
-            if isinstance(module, kinds[what]):
-                module.forward = _again(module.forward)  # type: ignore[method-assign]
+        if what == "blocks":
+            block.forward = _again(block.forward, draws=True)  # type: ignore[method-assign]
+            continue
+        for mlp in (module for module in block.modules() if isinstance(module, Mlp)):
+            # of the second half of an MLP nothing is computed again but its product's input
+            name = "second" if what == "gelu" else "forward"
+            setattr(mlp, name, _again(getattr(mlp, name), draws=False))
 
 
-def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+def _again(forward: Callable[..., Any], draws: bool) -> Callable[..., Any]:
+    """`draws`: random numbers, the same ones the second time."""
+    return lambda *args, **kwargs: checkpoint(
+        forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs
+    )
 
 
 def last_block(
@@ -242,6 +278,10 @@ def keep_scale(module: nn.Module, shape: tuple[int, ...], like: Tensor) -> Tenso
         return None
     keep = 1.0 - rate
     return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
+
+
+def add_scaled(x: Tensor, residual: Tensor, scale: Tensor | None) -> Tensor:
+    return x + (residual if scale is None else scale * residual)
 
 
 def drop_path_rates(drop_path: float, depth: int) -> list[float]:

@@ -18,8 +18,10 @@ from timefast.models.vit import (
     Attention,
     Block,
     Mlp,
+    Norm,
     PatchEmbed,
     PreLogits,
+    add_scaled,
     attend_once,
     drop_path_rates,
     grid_of,
@@ -53,22 +55,20 @@ class ShiftBlock(nn.Module):
         self.drop_path, self.shift_div, self.segments, self.impl = (
             drop_path, shift_div, segments, impl,
         )  # fmt: skip
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = Norm(dim, impl=impl)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = Norm(dim, impl=impl)
         self.mlp = Mlp(dim, mlp_ratio)
 
     def forward(self, z: Tensor, *, cls_only: bool = False) -> Tensor:
         """z [B, T, S, C] -> the same shape, or with `cls_only` its class tokens [B, T, 1, C]."""
-        z = self.space_step(z, cls_only)
-        return z + self.drop(self.mlp(self.norm2(z)))
+        residual = self.space_step(self.norm1(z), cls_only)
+        z, normed = self.norm2.add(z[:, :, :1] if cls_only else z, residual, self.keep(z))
+        return add_scaled(z, self.mlp(normed), self.keep(z))
 
     @part("space attention")
     def space_step(self, z: Tensor, cls_only: bool) -> Tensor:
-        if cls_only:
-            out = self.attend_class(self.norm1(z))
-            return z[:, :, :1] + self.drop(self.attn.merge(out))
-        return z + self.drop(self.attn.merge(self.attend(self.norm1(z))))
+        return self.attn.merge(self.attend_class(z) if cls_only else self.attend(z))
 
     def attend(self, z: Tensor) -> Tensor:
         """-> [B, T, S, H, D] before the output projection."""
@@ -97,9 +97,8 @@ class ShiftBlock(nn.Module):
         before = F.pad(runs[:, :-1, :, fold : 2 * fold], (0, 0, 0, 0, 1, 0))
         return torch.cat([after, before, runs[..., 2 * fold :]], -1).reshape(x.shape)
 
-    def drop(self, residual: Tensor) -> Tensor:
-        scale = keep_scale(self, (*residual.shape[:2], 1, 1), residual)  # one draw per frame
-        return residual if scale is None else residual * scale
+    def keep(self, z: Tensor) -> Tensor | None:
+        return keep_scale(self, (*z.shape[:2], 1, 1), z)  # one draw per frame
 
 
 class FrameEncoder(nn.Module):
