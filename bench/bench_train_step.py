@@ -30,7 +30,7 @@ from timefast.cuda_graph import GraphedMethod
 from timefast.data.batch import Batch
 from timefast.methods.time_ssl import TimeMethod
 from timefast.models import VideoTransformer, create_model
-from timefast.models.vit import Norm, checkpoint_activations
+from timefast.models.vit import AddNorm, checkpoint_activations
 from timefast.optim import build_optimizer
 
 BACKBONES = ("timesformer", "motionformer", "xvit")
@@ -103,7 +103,7 @@ class Step:
             impl=form.impl, time_heads=time_losses, **SIZES[size], **options,
         ).to(DEVICE)  # fmt: skip
         for module in self.model.modules():
-            if isinstance(module, Norm):
+            if isinstance(module, AddNorm):
                 module.impl = form.norms
         self.optimizer = build_optimizer(self.model, OptimConfig())
         if not form.fused:

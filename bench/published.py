@@ -20,7 +20,7 @@ from timefast.losses import debias_loss, flow_loss, order_loss
 from timefast.models import VideoTransformer
 from timefast.models.motionformer import Motionformer, TrajectoryAttention
 from timefast.models.timesformer import DividedBlock, TimeSformer
-from timefast.models.vit import Attention, Mlp
+from timefast.models.vit import AddNorm, Attention, Mlp
 from timefast.models.xvit import ShiftBlock, XViT
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [..., S, D] -> [..., S, D]
@@ -75,8 +75,8 @@ def _mlp(mlp: Mlp, x: Tensor) -> Tensor:
     return mlp.fc2(F.gelu(mlp.fc1(x)))
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def _norm(norm: AddNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
 def _features(model: VideoTransformer, video: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:

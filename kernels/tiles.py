@@ -1,4 +1,4 @@
-"""Launch parameters of the attention kernels, looked up in tables: kernels/tuned/<name>.json.
+"""Launch parameters of the kernels, looked up in tables: kernels/tuned/<name>.json.
 
 A table belongs to an architecture (`sm_80`, `sm_90`: defaults for every GPU) or to a GPU model
 (`<name>` is torch.cuda.get_device_name in lower case with dashes), whose kernels replace those of

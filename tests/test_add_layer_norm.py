@@ -9,7 +9,7 @@ from test_ops import DTYPES, SMALL, build, poisoned, relative_error
 
 from timefast import ops
 from timefast.kernels.op import OPS
-from timefast.models.vit import Norm
+from timefast.models.vit import AddNorm
 
 OP = OPS["add_layer_norm"]
 CASES = [pytest.param(case, id=case.name) for case in OP.cases if case.size == "tiny"]
@@ -130,10 +130,10 @@ def test_dtypes_of_results_and_gradients(x, branch, total, under_autocast, devic
 def test_under_autocast_a_norm_and_its_linear_layer_give_what_pytorchs_do(device):
     torch.manual_seed(0)
     x, branch = torch.randn(2, 3, 5, 48, device=device).unbind(0)
-    ours, theirs = Norm(48, 1e-6).to(device), torch.nn.LayerNorm(48, 1e-6).to(device)
+    ours, theirs = AddNorm(48, 1e-6).to(device), torch.nn.LayerNorm(48, 1e-6).to(device)
     linear = torch.nn.Linear(48, 16).to(device)
     with torch.autocast(device, torch.bfloat16):
-        total, normed = ours.add(x, branch.bfloat16())
+        total, normed = ours(x, branch.bfloat16())
         assert torch.equal(total, x + branch.bfloat16())
         want = linear(theirs(x + branch.bfloat16()))
         assert relative_error(linear(normed).double(), want.double()) < 2e-3

@@ -173,11 +173,11 @@ def test_channel_weights_are_the_slope_of_the_logit(kind):
 
     def nudged(sign):
         def hook(_module, _inputs, output):
-            tokens = patch_tokens(model, output, video)
-            if tokens is not None:
-                output = output.clone()
-                patch_tokens(model, output, video)[..., channel] += sign * step
-            return output
+            total, normed = output
+            if patch_tokens(model, normed, video) is not None:
+                normed = normed.clone()
+                patch_tokens(model, normed, video)[..., channel] += sign * step
+            return total, normed
 
         handle = norm.register_forward_hook(hook)
         with torch.no_grad():

@@ -6,6 +6,7 @@ from golden_rule import assert_near, part, read_golden, rule_state, rule_video
 
 import timefast
 from timefast.losses import time_losses
+from timefast.models.vit import settled
 
 TIME = [
     "time_timesformer_t4",
@@ -53,10 +54,10 @@ def block_outputs(model: torch.nn.Module, run) -> list[torch.Tensor]:
 
     def keep(_, __, out):
         if isinstance(out, tuple):
-            cls, x = out
-            out = torch.cat([cls[:, None], x.flatten(1, 2)], 1)
-        elif out.ndim == 4:  # X-ViT: [B, T, S, C]
-            out = out.flatten(0, 1)
+            *cls, x, pending = out
+            x = settled(x, pending)
+            # X-ViT: [B, T, S, C], else class token and patches
+            out = torch.cat([cls[0][:, None], x.flatten(1, 2)], 1) if cls else x.flatten(0, 1)
         outputs.append(out.detach())
 
     hooks = [block.register_forward_hook(keep) for block in model.blocks]

@@ -54,7 +54,8 @@ def test_time_embedding_before_every_block_is_the_plain_sum(backbone):
              again.temp_embed[0, :, None])  # [T, 1, C]  # fmt: skip
 
     def add(_module, inputs):
-        return (inputs[0] + table,) if backbone == "xvit" else (inputs[0], inputs[1] + table)
+        *cls, x, pending = inputs
+        return (*cls, x + table, pending)
 
     plain.blocks[1].register_forward_pre_hook(add)
     torch.testing.assert_close(plain(video), again(video))

@@ -161,8 +161,9 @@ def grad_cam(
     kept: list[Tensor] = []
 
     def keep(_: int, output: Any) -> None:
-        if patch_tokens(model, output, video) is not None:
-            kept.append(output)
+        _, normed = output
+        if patch_tokens(model, normed, video) is not None:
+            kept.append(normed)
 
     with watching([model.blocks[block].norm1], keep):  # type: ignore[index,list-item,union-attr]
         logits = model(video)

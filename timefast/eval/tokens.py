@@ -11,18 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from timefast.models import VideoTransformer
+from timefast.models.vit import settled
 
 
 def patch_tokens(model: VideoTransformer, value: Any, video: Tensor) -> Tensor | None:
-    """The patches [B, T, N, C] in what a part of a block returns for this video, as a view of it.
+    """The patches [B, T, N, C] in what a block returns for this video, or in tokens inside of it,
+    as a view of these.
 
-    None for a class token alone. Layouts: class token and patches apart, (cls [B, C],
-    x [B, T, N, C]); all tokens of a clip in one sequence [B, 1+T*N, C]; a sequence per frame
-    [B*T, 1+N, C]; X-ViT's [B, T, 1+N, C].
+    None for a class token alone. Layouts of tokens: patches apart from the class token
+    [B, T, N, C]; all tokens of a clip in one sequence [B, 1+T*N, C]; a sequence per frame
+    [B*T, 1+N, C]; X-ViT's [B, T, 1+N, C]. A block returns them alone or, last of a tuple, with a
+    pending residual, which is added.
     """
     B, T = len(video), video.shape[2] // model.config.get("tube", 1)
     if isinstance(value, tuple):
-        return value[1]
+        value = settled(*value[-2:])
     if value.ndim == 2:
         return None
     if value.ndim == 4:

@@ -20,11 +20,12 @@ from timefast.kernels.trajectory_attention import attend_along
 from timefast.models.heads import VideoTransformer
 from timefast.models.vit import (
     NORM_EPS,
+    AddNorm,
     Attention,
     Block,
     Mlp,
-    Norm,
     PatchEmbed,
+    Pending,
     PreLogits,
     add_scaled,
     attend_once,
@@ -157,15 +158,19 @@ class TrajectoryBlock(nn.Module):
     def __init__(self, attn: TrajectoryAttention, dim: int, mlp_ratio: float, drop_path: float):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = Norm(dim, impl=attn.impl)
+        self.norm1 = AddNorm(dim, impl=attn.impl)
         self.attn = attn
-        self.norm2 = Norm(dim, impl=attn.impl)
+        self.norm2 = AddNorm(dim, impl=attn.impl)
         self.mlp = Mlp(dim, mlp_ratio)
 
-    def forward(self, cls: Tensor, x: Tensor, *, cls_only: bool = False) -> tuple[Tensor, Tensor]:
-        """cls [B, C], x [B, T, N, C] -> the same shapes; x is left as it is if `cls_only`."""
-        normed, attn = (self.norm1(cls), self.norm1(x)), self.attn
-        residuals = (attn.class_only(*normed), None) if cls_only else attn.attend(*normed)
+    def forward(
+        self, cls: Tensor, x: Tensor, pending: Pending = (), *, cls_only: bool = False
+    ) -> tuple[Tensor, Tensor, Pending]:
+        """cls [B, C], x [B, T, N, C] with a pending residual -> the same; nothing happens to x if
+        `cls_only`."""
+        x, normed = self.norm1(x, *pending)
+        both, attn = (self.norm1(cls)[1], normed), self.attn
+        residuals = (attn.class_only(*both), None) if cls_only else attn.attend(*both)
         return _end(self, cls, x, *residuals)
 
 
@@ -178,15 +183,19 @@ class DividedBlock(nn.Module):
         self.drop_path, self.impl = drop_path, impl
         self.timeattn = Attention(dim, heads)
         self.attn = Attention(dim, heads)
-        self.norm1, self.norm2, self.norm3 = (Norm(dim, impl=impl) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (AddNorm(dim, impl=impl) for _ in range(3))
         self.mlp = Mlp(dim, mlp_ratio)
 
-    def forward(self, cls: Tensor, x: Tensor, *, cls_only: bool = False) -> tuple[Tensor, Tensor]:
-        """cls [B, C], x [B, T, N, C] -> the same shapes; with `cls_only` nobody reads x."""
-        cls_residual, residual = self.attend(self.timeattn, self.norm3(cls), self.norm3(x), True)
+    def forward(
+        self, cls: Tensor, x: Tensor, pending: Pending = (), *, cls_only: bool = False
+    ) -> tuple[Tensor, Tensor, Pending]:
+        """cls [B, C], x [B, T, N, C] with a pending residual -> the same; with `cls_only` nobody
+        reads x."""
+        x, normed = self.norm3(x, *pending)
+        cls_residual, residual = self.attend(self.timeattn, self.norm3(cls)[1], normed, True)
         # no stochastic depth here, as in the published code
-        cls, cls_normed = self.norm1.add(cls, cls_residual)
-        x, normed = self.norm1.add(x, residual)
+        cls, cls_normed = self.norm1(cls, cls_residual)
+        x, normed = self.norm1(x, residual)
         cls_residual, residual = self.attend(self.attn, cls_normed, normed, False)
         return _end(self, cls, x, cls_residual, None if cls_only else residual)
 
@@ -208,17 +217,16 @@ def _end(
     x: Tensor,
     cls_residual: Tensor,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Pending]:
     """The residuals of attention, and the MLP; stochastic depth with one draw per clip, for class
     token and patches, for each of the two. Patches without a residual are left as they are."""
     clip, clip_again = (keep_scale(block, (cls.shape[0], 1), cls) for _ in range(2))
-    cls, normed = block.norm2.add(cls, cls_residual, clip)
+    cls, normed = block.norm2(cls, cls_residual, clip)
     cls = add_scaled(cls, block.mlp(normed), clip_again)
     if residual is None:
-        return cls, x
-    x, normed = block.norm2.add(x, residual, None if clip is None else clip[..., None, None])
-    clip_again = None if clip_again is None else clip_again[..., None, None]
-    return cls, add_scaled(x, block.mlp(normed), clip_again)
+        return cls, x, ()
+    x, normed = block.norm2(x, residual, None if clip is None else clip[..., None, None])
+    return cls, x, (block.mlp(normed), None if clip_again is None else clip_again[..., None, None])
 
 
 class Motionformer(VideoTransformer):
@@ -346,11 +354,12 @@ class Motionformer(VideoTransformer):
                 z = block(z + again if self.time_embed_every_block and i > 0 else z)
             cls, x = z[:, 0], z[:whole, 1:].unflatten(1, (T, N))
         else:
+            pending: Pending = ()
             for block in self.blocks[:-1]:
-                cls, x = block(cls, x)
+                cls, x, pending = block(cls, x, pending)
                 if self.time_embed_every_block:
                     cls, x = cls + cls_time, x + time
-            cls, x = last_block(self.blocks[-1], cls, x, whole)
+            cls, x = last_block(self.blocks[-1], cls, x, pending, whole)
         return self.pre_logits(self.norm(cls)), self.pre_logits(self.norm(x))
 
     @part("heads")

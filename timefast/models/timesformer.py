@@ -20,11 +20,12 @@ from timefast import ops
 from timefast.models.heads import VideoTransformer
 from timefast.models.vit import (
     NORM_EPS,
+    AddNorm,
     Attention,
     Block,
     Mlp,
-    Norm,
     PatchEmbed,
+    Pending,
     add_scaled,
     attend_once,
     drop_path_rates,
@@ -46,29 +47,33 @@ class DividedBlock(nn.Module):
     def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float, impl: str):
         super().__init__()
         self.drop_path, self.impl = drop_path, impl
-        self.temporal_norm1 = Norm(dim, impl=impl)
+        self.temporal_norm1 = AddNorm(dim, impl=impl)
         self.temporal_attn = Attention(dim, heads)
         self.temporal_fc = nn.Linear(dim, dim)
-        self.norm1 = Norm(dim, impl=impl)
+        self.norm1 = AddNorm(dim, impl=impl)
         self.attn = Attention(dim, heads)
-        self.norm2 = Norm(dim, impl=impl)
+        self.norm2 = AddNorm(dim, impl=impl)
         self.mlp = Mlp(dim, mlp_ratio)
 
-    def forward(self, cls: Tensor, x: Tensor, *, cls_only: bool = False) -> tuple[Tensor, Tensor]:
-        """cls [B, C], x [B, T, N, C] -> the same shapes.
+    def forward(
+        self, cls: Tensor, x: Tensor, pending: Pending = (), *, cls_only: bool = False
+    ) -> tuple[Tensor, Tensor, Pending]:
+        """cls [B, C], x [B, T, N, C] with a pending residual -> the same.
 
         With `cls_only` the patches are left as they are after the temporal step: nobody reads
         them any more.
         """
-        x, normed = self.norm1.add(x, *self.time_step(self.temporal_norm1(x)))
-        cls_residual, residual, frame = self.space_step(self.norm1(cls), normed, cls_only)
-        cls, cls_normed = self.norm2.add(cls, cls_residual)
+        x, normed = self.temporal_norm1(x, *pending)
+        x, normed = self.norm1(x, *self.time_step(normed))
+        _, cls_normed = self.norm1(cls)
+        cls_residual, residual, frame = self.space_step(cls_normed, normed, cls_only)
+        cls, cls_normed = self.norm2(cls, cls_residual)
         clip = keep_scale(self, (cls.shape[0], 1), cls)  # one draw per clip, for class and patches
         cls = add_scaled(cls, self.mlp(cls_normed), clip)
         if residual is None:
-            return cls, x
-        x, normed = self.norm2.add(x, residual, frame)
-        return cls, add_scaled(x, self.mlp(normed), None if clip is None else clip[..., None, None])
+            return cls, x, ()
+        x, normed = self.norm2(x, residual, frame)
+        return cls, x, (self.mlp(normed), None if clip is None else clip[..., None, None])
 
     @part("time attention")
     def time_step(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -214,11 +219,12 @@ class TimeSformer(VideoTransformer):
     def _divided(
         self, cls: Tensor, x: Tensor, again: Tensor | None, whole: int | None
     ) -> tuple[Tensor, Tensor]:
+        pending: Pending = ()
         for block in self.blocks[:-1]:
-            cls, x = block(cls, x)
+            cls, x, pending = block(cls, x, pending)
             if again is not None:
                 x = x + again
-        return last_block(self.blocks[-1], cls, x, whole)
+        return last_block(self.blocks[-1], cls, x, pending, whole)
 
     def _joint(self, cls: Tensor, x: Tensor, again: Tensor | None) -> tuple[Tensor, Tensor]:
         T, N = x.shape[1:3]

@@ -90,25 +90,42 @@ def merged(second: nn.Linear, first: nn.Linear) -> tuple[Tensor, Tensor]:
         return second.weight @ first.weight, second.weight @ first.bias
 
 
-class Norm(nn.LayerNorm):
-    """LayerNorm, also of a sum with which it is one pass over the tokens."""
+# A residual that the next norm adds: nothing, or a branch [..., C] and its stochastic depth.
+Pending = tuple[()] | tuple[Tensor, Tensor | None]
+
+
+def settled(x: Tensor, pending: Pending) -> Tensor:
+    """x with its pending residual."""
+    return add_scaled(x, *pending) if pending else x
+
+
+def split_pending(pending: Pending, sizes: list[int]) -> list[Pending]:
+    """By the first dimension, as torch.split does."""
+    parts = [[None] * len(sizes) if y is None else y.split(sizes) for y in pending]
+    return list(zip(*parts, strict=True)) or [()] * len(sizes)  # type: ignore[arg-type]
+
+
+def add_scaled(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    return x + (branch if scale is None else scale * branch)
+
+
+class AddNorm(nn.Module):
+    """LayerNorm of tokens to which it first adds a residual, in the same pass."""
 
     def __init__(self, dim: int, eps: float = NORM_EPS, impl: str = "auto"):
-        super().__init__(dim, eps=eps)
-        self.impl = impl
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.eps, self.impl = eps, impl
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] -> the same shape, under autocast in its dtype."""
-        return self.add(x, None)[1]
-
-    def add(
+    def forward(
         self,
         x: Tensor,
-        branch: Tensor | None,
+        branch: Tensor | None = None,
         scale: Tensor | None = None,
         branch_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x + scale * branch + branch_bias, and that normalised: see `ops.add_layer_norm`."""
+        """x + scale * branch + branch_bias [..., C], x itself if there is no branch, and that
+        normalised, under autocast in its dtype: see `ops.add_layer_norm`."""
         return ops.add_layer_norm(
             x, branch, self.weight, self.bias,
             branch_scale=scale, branch_bias=branch_bias, eps=self.eps, impl=self.impl,
@@ -212,16 +229,16 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = Norm(dim, norm_eps, impl)
+        self.norm1 = AddNorm(dim, norm_eps, impl)
         self.attn = Attention(dim, heads, qkv_bias)
-        self.norm2 = Norm(dim, norm_eps, impl)
+        self.norm2 = AddNorm(dim, norm_eps, impl)
         self.mlp = Mlp(dim, mlp_ratio)
 
     def forward(self, z: Tensor) -> Tensor:
         """z [B, S, C] -> [B, S, C]."""
         per_clip = (z.shape[0], 1, 1)
-        residual = self.attn(self.norm1(z))
-        z, normed = self.norm2.add(z, residual, keep_scale(self, per_clip, z))
+        residual = self.attn(self.norm1(z)[1])
+        z, normed = self.norm2(z, residual, keep_scale(self, per_clip, z))
         residual = self.mlp(normed)
         return add_scaled(z, residual, keep_scale(self, per_clip, z))
 
@@ -253,19 +270,19 @@ def _again(forward: Callable[..., Any], draws: bool) -> Callable[..., Any]:
 
 
 def last_block(
-    block: nn.Module, cls: Tensor, x: Tensor, whole: int | None
+    block: nn.Module, cls: Tensor, x: Tensor, pending: Pending, whole: int | None
 ) -> tuple[Tensor, Tensor]:
-    """block(cls, x) of the first `whole` clips (None: of all), and of the others only its class
-    tokens. -> class tokens [B, C] of all, patches [whole, T, N, C]."""
+    """The block's results for the first `whole` clips (None: for all), and for the others only
+    class tokens. -> class tokens [B, C] of all, patches [whole, T, N, C]."""
     if whole is None:
-        return block(cls, x)
+        cls, *patches = block(cls, x, pending)
+        return cls, settled(*patches)
     if whole == 0:
-        return block(cls, x, cls_only=True)[0], x[:0]
-    sizes = [whole, cls.shape[0] - whole]
-    (first_cls, rest_cls), (first_x, rest_x) = cls.split(sizes), x.split(sizes)
-    first, tokens = block(first_cls, first_x)
-    rest, _ = block(rest_cls, rest_x, cls_only=True)
-    return torch.cat([first, rest]), tokens
+        return block(cls, x, pending, cls_only=True)[0], x[:0]
+    sizes = [whole, len(cls) - whole]
+    first, rest = zip(cls.split(sizes), x.split(sizes), split_pending(pending, sizes), strict=True)
+    cls, *patches = block(*first)
+    return torch.cat([cls, block(*rest, cls_only=True)[0]]), settled(*patches)
 
 
 def keep_scale(module: nn.Module, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
@@ -278,10 +295,6 @@ def keep_scale(module: nn.Module, shape: tuple[int, ...], like: Tensor) -> Tenso
         return None
     keep = 1.0 - rate
     return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
-
-
-def add_scaled(x: Tensor, residual: Tensor, scale: Tensor | None) -> Tensor:
-    return x + (residual if scale is None else scale * residual)
 
 
 def drop_path_rates(drop_path: float, depth: int) -> list[float]:

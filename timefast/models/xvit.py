@@ -15,13 +15,13 @@ from timefast import ops
 from timefast.models.heads import VideoTransformer
 from timefast.models.vit import (
     NORM_EPS,
+    AddNorm,
     Attention,
     Block,
     Mlp,
-    Norm,
     PatchEmbed,
+    Pending,
     PreLogits,
-    add_scaled,
     attend_once,
     drop_path_rates,
     grid_of,
@@ -29,6 +29,8 @@ from timefast.models.vit import (
     init_scratch,
     keep_scale,
     resize_grid,
+    settled,
+    split_pending,
     table_size_of,
 )
 from timefast.profiling import part
@@ -55,16 +57,20 @@ class ShiftBlock(nn.Module):
         self.drop_path, self.shift_div, self.segments, self.impl = (
             drop_path, shift_div, segments, impl,
         )  # fmt: skip
-        self.norm1 = Norm(dim, impl=impl)
+        self.norm1 = AddNorm(dim, impl=impl)
         self.attn = Attention(dim, heads)
-        self.norm2 = Norm(dim, impl=impl)
+        self.norm2 = AddNorm(dim, impl=impl)
         self.mlp = Mlp(dim, mlp_ratio)
 
-    def forward(self, z: Tensor, *, cls_only: bool = False) -> Tensor:
-        """z [B, T, S, C] -> the same shape, or with `cls_only` its class tokens [B, T, 1, C]."""
-        residual = self.space_step(self.norm1(z), cls_only)
-        z, normed = self.norm2.add(z[:, :, :1] if cls_only else z, residual, self.keep(z))
-        return add_scaled(z, self.mlp(normed), self.keep(z))
+    def forward(
+        self, z: Tensor, pending: Pending = (), *, cls_only: bool = False
+    ) -> tuple[Tensor, Pending]:
+        """z [B, T, S, C] with a pending residual -> the same, or with `cls_only` of its class
+        tokens [B, T, 1, C] alone."""
+        z, normed = self.norm1(z, *pending)
+        residual = self.space_step(normed, cls_only)
+        z, normed = self.norm2(z[:, :, :1] if cls_only else z, residual, self.keep(z))
+        return z, (self.mlp(normed), self.keep(z))
 
     @part("space attention")
     def space_step(self, z: Tensor, cls_only: bool) -> Tensor:
@@ -134,21 +140,26 @@ class FrameEncoder(nn.Module):
         rows = torch.arange(T, device=z.device) % self.temp_embed.shape[1]
         time = self.temp_embed[0, rows]  # [T, 1, C], for the class token too
         z = z + time
+        pending: Pending = ()
         for block in self.blocks[:-1]:
-            z = block(z)
+            z, pending = block(z, pending)
             if self.time_embed_every_block:
                 z = z + time
-        last = self.blocks[-1]
         if whole is None:
-            z = self.norm(last(z))
+            z = self._last(z, pending)
             cls, x = z[:, :, 0], z[:, :, 1:]
         elif whole == 0:
-            cls, x = self.norm(last(z, cls_only=True))[:, :, 0], z[:0, :, 1:]
+            cls, x = self._last(z, pending, cls_only=True)[:, :, 0], z[:0, :, 1:]
         else:  # of the other clips the class tokens alone
-            first, rest = z.split([whole, B - whole])
-            first, rest = self.norm(last(first)), self.norm(last(rest, cls_only=True))
-            cls, x = torch.cat([first[:, :, 0], rest[:, :, 0]]), first[:, :, 1:]
+            sizes = [whole, B - whole]
+            first, rest = zip(z.split(sizes), split_pending(pending, sizes), strict=True)
+            z, others = self._last(*first), self._last(*rest, cls_only=True)
+            cls, x = torch.cat([z[:, :, 0], others[:, :, 0]]), z[:, :, 1:]
         return cls if self.pre_logits is None else self.pre_logits(cls), x
+
+    def _last(self, z: Tensor, pending: Pending, cls_only: bool = False) -> Tensor:
+        """Through the last block and the final norm."""
+        return self.norm(settled(*self.blocks[-1](z, pending, cls_only=cls_only)))
 
 
 class TemporalHead(nn.Module):
