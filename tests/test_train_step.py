@@ -163,6 +163,23 @@ def test_activations_computed_again_change_no_gradient_and_need_less_memory(back
     assert memory == sorted(set(memory), reverse=True)  # less from each to the next
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_step_of_triton_kernels_is_that_of_the_references(backbone, device):
+    """All of them in one model, with stochastic depth; on a CPU in the interpreter."""
+    scores = []
+    for impl in ("reference", "triton"):
+        model = small(backbone, depth=2, drop_path=0.4, impl=impl).to(device)
+        torch.manual_seed(1)
+        order = torch.tensor([2, 0, 3, 1], device=device)
+        losses = TimeMethod(model).training_loss(batch(clips=1).to(device), order)
+        losses["total"].backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        scores.append([*losses.values(), *grads])
+    for one, two in zip(*scores, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
 
 
