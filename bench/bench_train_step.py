@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import published
 from bench.conftest import ON_GPU, device_clock
+from bench.memory import Allocations
 from timefast.config import OptimConfig
 from timefast.cuda_graph import GraphedMethod
 from timefast.data.batch import Batch
@@ -130,20 +131,10 @@ class Step:
         return {name: value.detach() for name, value in losses.items()}
 
     def kept_bytes(self) -> int:
-        """What autograd keeps between forward and backward, parameters and video left out."""
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        own.add(self.batch.video.untyped_storage().data_ptr())
-        kept: dict[int, int] = {}
-
-        def note(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), self.autocast():
+        """What is kept between forward and backward, parameters and video left out."""
+        with Allocations() as made, self.autocast():
             losses = self.losses(self.batch, self.order)  # noqa: F841, holds what it keeps
-        return sum(kept.values())
+        return made.alive()
 
 
 def _batch(size: str, clips: int) -> tuple[Batch, Tensor]:
@@ -269,6 +260,7 @@ def bench_train_step(
         rival = _published_step(backbone, size, clips, time_losses)
         # what graphs keep is theirs for good: a replay allocates nothing that could be counted
         memory = None if form.graphed else _peak_memory(step)
+        seen = not (form.graphed or form.compiled)  # by what counts the bytes kept
         rival_seconds: list[float] = []
 
         def let_the_rival_go_first() -> None:
@@ -287,7 +279,7 @@ def bench_train_step(
         dtype=str(dtype).removeprefix("torch."), direction="fwd+bwd", clips=clips,
         speedup=statistics.median(rival_seconds[2:]) / len(rival.batch.label)
         / (benchmark.stats.stats.median / clips),
-        peak_memory=memory, kept_memory=None if form.graphed else step.kept_bytes(), error=error,
+        peak_memory=memory, kept_memory=step.kept_bytes() if seen else None, error=error,
         flops=clips * _flops(backbone, size, time_losses), matmul_rate=_matmul_rate(dtype),
         technique=name in WATERFALL,
     )  # fmt: skip

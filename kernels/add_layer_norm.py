@@ -22,6 +22,7 @@ from timefast.kernels.op import (
     Case,
     Impl,
     Op,
+    autocast_dtype,
     check_like,
     dispatch,
     register,
@@ -191,8 +192,8 @@ def add_layer_norm(
         _check_scale(branch_scale, x)
         branch_scale = branch_scale.detach()
     dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype != torch.float64:
+        dtype = autocast_dtype(x.device.type) or dtype
     return dispatch(
         ADD_LAYER_NORM, impl, x, branch, weight, bias,
         branch_scale=branch_scale, branch_bias=branch_bias, eps=float(eps), dtype=dtype,

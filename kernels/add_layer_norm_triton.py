@@ -285,9 +285,11 @@ def _backward(
         d_total, d_normed, total, weight, scale, moments, own, sums, ctx.dtype, branch_dtype
     )
     of_branch = d_branch if own else dx
+    normed_is_read = d_normed is not None
     return (
         dx, None if ctx.branch_dtype is None else of_branch,
-        d_weight.to(weight.dtype), d_bias.to(ctx.bias_dtype), None,
+        d_weight.to(weight.dtype) if normed_is_read else None,
+        d_bias.to(ctx.bias_dtype) if normed_is_read else None, None,
         d_branch_bias[0].to(ctx.branch_bias_dtype) if d_branch_bias else None, None, None,
     )  # fmt: skip
 

@@ -59,12 +59,19 @@ def library_attention(
     return F.scaled_dot_product_attention(q, k, v, scale=scale).to(dtype)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast where it is on for a device type."""
+    known = torch.amp.is_autocast_available(device)  # "meta" is not, and may not be asked
+    if not known or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the autocast dtype where autocast is on for their device (float64 stays)."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
@@ -190,7 +197,7 @@ def dispatch(op: Op, impl: str, *args: Any, **kwargs: Any) -> Any:
     torch.compile reads it when it traces). Autocast is off inside: an op rounds where it says so.
     """
     device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-    if torch.is_autocast_enabled(device):
+    if autocast_dtype(device) is not None:
         with torch.autocast(device, enabled=False):
             return dispatch(op, impl, *args, **kwargs)
     if impl == "auto":
@@ -208,7 +215,7 @@ def dispatch(op: Op, impl: str, *args: Any, **kwargs: Any) -> Any:
 
     refused: dict[str, list[str]] = {}
     for name, candidate in impls.items():
-        if device in candidate.auto:
+        if device in candidate.auto or name == "reference":
             refused[name] = _reasons(candidate, args, kwargs)
             if not refused[name]:
                 if not torch.compiler.is_compiling() and op.chosen.get(device) != name:

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from timefast import create_model, ops
-from timefast.models import BACKBONES, timesformer
+from timefast.models import BACKBONES, motionformer, timesformer, vit, xvit
 from timefast.models.vit import settled
 
 SMALL = {"num_classes": 5, "frames": 4, "image_size": 16, "patch_size": 8, "dim": 32, "depth": 2,
@@ -238,6 +239,68 @@ def test_stochastic_depth_is_the_published_form(monkeypatch):
         z = z + masks["mlp"][:, :, None] * block.mlp(block.norm2(z)[1])
     torch.testing.assert_close(new_cls, z[:, 0])
     torch.testing.assert_close(new_x.flatten(1, 2), z[:, 1:])
+
+
+def replayed(monkeypatch, module, *shapes):
+    """Draws of stochastic depth that `module` will make, given here."""
+    masks = [torch.randint(0, 2, shape).double() / 0.5 for shape in shapes]
+    draws = iter(masks)
+
+    def replay(block, shape, like):
+        mask = next(draws)
+        assert mask.shape == shape and block.drop_path == 0.5
+        return mask
+
+    monkeypatch.setattr(module, "keep_scale", replay)
+    return masks
+
+
+def norm_of(norm, x):
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+@torch.no_grad()
+def test_stochastic_depth_of_a_plain_block_is_per_clip_and_branch(monkeypatch):
+    block = small(attention="joint", drop_path=0.5).blocks[1].double().train()
+    attention, mlp = replayed(monkeypatch, vit, (8, 1, 1), (8, 1, 1))
+    z = torch.randn(8, 5, 32).double()
+    out = block(z)
+    z = z + attention * block.attn(norm_of(block.norm1, z))
+    z = z + mlp * block.mlp(norm_of(block.norm2, z))
+    torch.testing.assert_close(out, z)
+
+
+@torch.no_grad()
+def test_stochastic_depth_of_xvit_is_per_frame_and_branch(monkeypatch):
+    block = small("xvit", drop_path=0.5).blocks[1].double().train()
+    attention, mlp = replayed(monkeypatch, xvit, (3, 4, 1, 1), (3, 4, 1, 1))
+    z = torch.randn(3, 4, 5, 32).double()
+    out = settled(*block(z))
+    z = z + attention * block.attn.merge(block.attend(norm_of(block.norm1, z)))
+    z = z + mlp * block.mlp(norm_of(block.norm2, z))
+    torch.testing.assert_close(out, z)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["trajectory", "divided"])
+def test_stochastic_depth_of_motionformer_is_per_clip_and_branch(attention, monkeypatch):
+    block = small("motionformer", attention=attention, drop_path=0.5).blocks[1].double().train()
+    masks = replayed(monkeypatch, motionformer, (8, 1), (8, 1))
+    cls, x = torch.randn(8, 32).double(), torch.randn(8, 4, 4, 32).double()
+    new_cls, *patches = block(cls, x)
+    if attention == "divided":  # nothing is dropped of attention over time
+        given = norm_of(block.norm3, cls), norm_of(block.norm3, x)
+        residuals = block.attend(block.timeattn, *given, True)
+        cls, x = cls + residuals[0], x + residuals[1]
+        given = norm_of(block.norm1, cls), norm_of(block.norm1, x)
+        residuals = block.attend(block.attn, *given, False)
+    else:
+        residuals = block.attn.attend(norm_of(block.norm1, cls), norm_of(block.norm1, x))
+    cls, x = cls + masks[0] * residuals[0], x + masks[0][..., None, None] * residuals[1]
+    residuals = [block.mlp(norm_of(block.norm2, y)) for y in (cls, x)]
+    cls, x = cls + masks[1] * residuals[0], x + masks[1][..., None, None] * residuals[1]
+    torch.testing.assert_close(new_cls, cls)
+    torch.testing.assert_close(settled(*patches), x)
 
 
 def test_drop_path_rates_grow_linearly_and_keep_the_mean():

@@ -1,13 +1,13 @@
 """The fast training step computes what the published form of it computes."""
 
 import json
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bench import published
+from bench.memory import Allocations
 from tests.test_train import train
 from timefast.config import OptimConfig
 from timefast.data.batch import Batch
@@ -127,21 +127,6 @@ def test_the_flow_head_is_attention_of_its_four_layers():
     assert model.mlp_k.bias.grad is not None and not model.mlp_k.bias.grad.any()
 
 
-@contextmanager
-def kept_bytes():
-    """Bytes that autograd keeps for the backward pass, each storage once."""
-    kept = {}
-
-    def note(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    total = []
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        yield total
-    total.append(sum(kept.values()))
-
-
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_activations_computed_again_change_no_gradient_and_need_less_memory(backbone):
     """Also with stochastic depth, which must be drawn alike both times."""
@@ -152,15 +137,28 @@ def test_activations_computed_again_change_no_gradient_and_need_less_memory(back
             checkpoint_activations(model, what)
         torch.manual_seed(1)
         clips = batch()
-        with kept_bytes() as kept:
+        with Allocations() as made:
             losses = time_losses(model, clips.video, clips.label, clips.flow_label, [2, 0, 3, 1])
-        memory += kept
+        memory.append(made.alive())
         losses["total"].backward()
         grads.append([p.grad for p in model.parameters()])
     for other in grads[1:]:
         for one, two in zip(grads[0], other, strict=True):
             torch.testing.assert_close(one, two)
     assert memory == sorted(set(memory), reverse=True)  # less from each to the next
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_of_blocks_computed_again_the_input_alone_is_kept(backbone):
+    memory = []
+    for depth in (2, 4):
+        model = small(backbone, depth=depth, drop_path=0.5)
+        checkpoint_activations(model, "blocks")
+        with Allocations() as made:
+            out = model.features(batch(clips=4).video)  # noqa: F841, holds what it keeps
+        memory.append(made.alive())
+    tokens = 4 * 4 * T * 16 * 32  # bytes of float32 [4, T, 16, 32]
+    assert memory[1] - memory[0] < 2 * 1.2 * tokens
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -15,13 +15,13 @@ from timefast.models.vit import settled
 
 
 def patch_tokens(model: VideoTransformer, value: Any, video: Tensor) -> Tensor | None:
-    """The patches [B, T, N, C] in what a block returns for this video, or in tokens inside of it,
-    as a view of these.
+    """The patches [B, T, N, C] among the tokens of this video, as a view of them, or in what a
+    block returns for it: tokens, or a tuple that ends with tokens and their pending residual, which
+    is added, into a new tensor.
 
     None for a class token alone. Layouts of tokens: patches apart from the class token
     [B, T, N, C]; all tokens of a clip in one sequence [B, 1+T*N, C]; a sequence per frame
-    [B*T, 1+N, C]; X-ViT's [B, T, 1+N, C]. A block returns them alone or, last of a tuple, with a
-    pending residual, which is added.
+    [B*T, 1+N, C]; X-ViT's [B, T, 1+N, C].
     """
     B, T = len(video), video.shape[2] // model.config.get("tube", 1)
     if isinstance(value, tuple):

@@ -32,7 +32,7 @@ def create_model(backbone: str, **config: Any) -> VideoTransformer:
     depth=12, heads=12, mlp_ratio=4.0, drop_path (the backbone's published rate), time_heads=True
     (order and flow heads), init="published" (made for ImageNet weights) or "scratch",
     time_embed_every_block=False (adds the time embedding again before every block) and impl="auto"
-    (implementation of the attention ops). Beside these `keywords(backbone)` lists what one
+    (implementation of the ops). Beside these `keywords(backbone)` lists what one
     backbone takes alone.
 
     The model maps video [B, 3, T, height, width], float, normalised, to class logits [B, K] in

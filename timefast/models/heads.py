@@ -25,7 +25,7 @@ class VideoTransformer(nn.Module):
     frames: int  # input frames of a training clip
     num_classes: int
     grid: tuple[int, int]  # patches along height and width of the position table
-    impl: str  # implementation of the attention ops, as in timefast.ops
+    impl: str  # implementation of the ops, as in timefast.ops
     config: dict[str, Any]  # keywords of create_model that rebuild this model
     # what the clips are normalised with: TIME, Motionformer and X-ViT 0.5, TimeSformer 0.45/0.225
     normalisation: dict[str, list[float]]

@@ -115,7 +115,12 @@ class AddNorm(nn.Module):
     def __init__(self, dim: int, eps: float = NORM_EPS, impl: str = "auto"):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
-        self.eps, self.impl = eps, impl
+        self.eps = eps
+        # an implementation that only an attention op has says nothing about this one
+        self.impl = impl if impl in ops.implementations("add_layer_norm") else "auto"
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
 
     def forward(
         self,
@@ -254,12 +259,21 @@ def checkpoint_activations(model: nn.Module, what: str) -> None:
         raise ValueError(f"checkpoint_activations: expected gelu, mlp or blocks, got {what!r}")
     for block in model.blocks:  # type: ignore[union-attr]
         if what == "blocks":
-            block.forward = _again(block.forward, draws=True)  # type: ignore[method-assign]
+            # nothing is left pending between blocks: it would be kept, too
+            block.forward = _again(_settling(block.forward), draws=True)  # type: ignore[method-assign]
             continue
         for mlp in (module for module in block.modules() if isinstance(module, Mlp)):
             # of the second half of an MLP nothing is computed again but its product's input
             name = "second" if what == "gelu" else "forward"
             setattr(mlp, name, _again(getattr(mlp, name), draws=False))
+
+
+def _settling(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        return (*out[:-2], settled(*out[-2:]), ()) if isinstance(out, tuple) else out
+
+    return run
 
 
 def _again(forward: Callable[..., Any], draws: bool) -> Callable[..., Any]:

@@ -166,12 +166,20 @@ class TemporalHead(nn.Module):
     """Class token and one feature per frame through plain blocks, then an MLP on the class row."""
 
     def __init__(
-        self, dim: int, num_classes: int, heads: int, layers: int, width: int, dropout: float
+        self,
+        dim: int,
+        num_classes: int,
+        heads: int,
+        layers: int,
+        width: int,
+        dropout: float,
+        impl: str,
     ):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.temporal_encoder = nn.ModuleList(
-            Block(dim, heads, 4.0, qkv_bias=False, norm_eps=HEAD_EPS) for _ in range(layers)
+            Block(dim, heads, 4.0, qkv_bias=False, norm_eps=HEAD_EPS, impl=impl)
+            for _ in range(layers)
         )
         self.mlp_head = nn.Sequential(
             nn.LayerNorm(dim, eps=HEAD_EPS), nn.Linear(dim, width), nn.GELU(), nn.Dropout(dropout)
@@ -248,7 +256,13 @@ class XViT(VideoTransformer):
             time_embed_every_block,
         )
         self.consensus = TemporalHead(
-            dim, num_classes, head_heads or heads, head_layers, head_width or dim, head_dropout
+            dim,
+            num_classes,
+            head_heads or heads,
+            head_layers,
+            head_width or dim,
+            head_dropout,
+            impl,
         )
         if time_heads:
             self.add_time_heads(dim, frames)
