@@ -175,17 +175,19 @@ def add_layer_norm(
         ValueError: a shape, dtype or device does not fit, or `impl` is unknown.
         NotImplementedError: the `impl` named cannot run on these inputs; all reasons are given.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x: expected a tensor [..., C], got {type(x).__name__}")
     if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(
             f"x: expected a floating [..., C] with C at least 1, got {x.dtype} {list(x.shape)}"
         )
     width = x.shape[-1:]
-    for name, y, shape in (
-        ("branch", branch, x.shape), ("weight", weight, width), ("bias", bias, width),
-        ("branch_bias", branch_bias, width),
-    ):  # fmt: skip
-        if y is not None:
-            check_like("x", x, name, y, shape, any_float=True)
+    check_like("x", x, "weight", weight, width, any_float=True)
+    check_like("x", x, "bias", bias, width, any_float=True)
+    if branch is not None:
+        check_like("x", x, "branch", branch, x.shape, any_float=True)
+    if branch_bias is not None:
+        check_like("x", x, "branch_bias", branch_bias, width, any_float=True)
     if branch is None and not (branch_scale is None and branch_bias is None):
         raise ValueError("branch_scale, branch_bias: expected None where there is no branch")
     if branch_scale is not None:
@@ -202,6 +204,10 @@ def add_layer_norm(
 
 def _check_scale(scale: Tensor, x: Tensor) -> None:
     per_row = (*x.shape[:-1], 1)
+    if not isinstance(scale, Tensor):
+        raise ValueError(
+            f"branch_scale: expected a tensor that broadcasts to {list(per_row)}, got {scale!r}"
+        )
     fits = scale.dim() == x.dim() and all(
         a in (1, b) for a, b in zip(scale.shape, per_row, strict=True)
     )

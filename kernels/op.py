@@ -85,6 +85,8 @@ def check_like(
     any_float: bool = False,
 ) -> None:
     """Raise ValueError unless `x` has this shape, and the dtype and device of `model`."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor {list(shape)}, got {type(x).__name__}")
     if tuple(x.shape) != tuple(shape):
         raise ValueError(
             f"{name}: expected {list(shape)} to go with {first} {list(model.shape)}, "

@@ -199,6 +199,9 @@ def test_what_does_not_fit_is_named():
     refused(r"branch: expected \[2, 3, 4, 40\].*got \[2, 3, 4, 39\]", x, branch[..., 1:], *args[2:])
     refused(r"weight: expected \[40\]", x, branch, weight[1:], bias)
     refused("bias: expected a floating", x, branch, weight, bias.long())
+    refused("weight: expected a tensor .*got NoneType", x, branch, None, bias)
+    refused("x: expected a tensor .*got list", [1.0], branch, weight, bias)
+    refused("branch_scale: expected a tensor .*got 0.5", x, branch, weight, bias, branch_scale=0.5)
     refused(r"branch_bias: expected \[40\]", x, branch, weight, bias, branch_bias=bias[1:])
     for scale in (torch.ones(2, 3, 4, 40), torch.ones(2, 1, 1), torch.ones(2, 2, 1, 1)):
         shape = re.escape(str(list(scale.shape)))

@@ -220,7 +220,10 @@ def test_compiled_without_graph_breaks_gives_the_same_bits(branch, use):
     eager = run(given, autocast=BF16, use=use)
     found = run(given, autocast=BF16, use=use, function=compiled)
     for key, x in eager.items():
-        assert found[key] is x is None or torch.equal(found[key], x), key
+        if x is None:  # a compiled function gives zeros instead
+            assert found[key] is None or not found[key].any(), key
+        else:
+            assert torch.equal(found[key], x), key
 
 
 def test_gradients_of_parameters_can_be_added_up_and_clipped_in_place():

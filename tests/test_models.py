@@ -241,6 +241,19 @@ def test_stochastic_depth_is_the_published_form(monkeypatch):
     torch.testing.assert_close(new_x.flatten(1, 2), z[:, 1:])
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_an_implementation_reaches_every_op(backbone):
+    model = small(backbone, impl="reference")
+    chosen = [module.impl for module in model.modules() if hasattr(module, "impl")]
+    assert chosen and set(chosen) == {"reference"}
+
+
+@pytest.mark.parametrize("attention", ["joint", "space"])
+def test_shapes_are_known_without_a_device(attention):
+    model = small(attention=attention).to("meta")
+    assert model(clip().to("meta")).shape == (2, 5)
+
+
 def replayed(monkeypatch, module, *shapes):
     """Draws of stochastic depth that `module` will make, given here."""
     masks = [torch.randint(0, 2, shape).double() / 0.5 for shape in shapes]

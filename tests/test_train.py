@@ -90,6 +90,43 @@ def test_the_total_loss_is_the_sum_of_its_parts(finished):
         assert line["loss"] == pytest.approx(parts, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["cv2", "xformers", "fortran"])
+def test_an_implementation_that_models_have_not_is_refused_at_once(name, data, tmp_path, capsys):
+    assert train(data, tmp_path / "run", "--impl", name) == 2
+    assert f"--impl {name}: expected auto, cpu, reference, triton" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_from_the_environment_is_refused_by_that_name(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TIMEFAST_IMPL", "cv2")
+    assert train(data, tmp_path / "run") == 2
+    assert "TIMEFAST_IMPL=cv2: expected auto, cpu," in capsys.readouterr().err
+
+
+def test_one_that_cannot_run_here_is_refused_at_once(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train(data, tmp_path / "run", "--impl", "triton") == 2
+    said = capsys.readouterr().err
+    assert "--impl triton: torch sees no CUDA device" in said and "Without it each op" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_failed_leaves_its_folder_to_the_next(data, tmp_path, monkeypatch):
+    """Nothing is lost with a folder that holds a configuration and no step."""
+
+    def fail(*_):
+        raise NotImplementedError("no kernel for this")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Trainer, "_forward_backward", fail)
+        assert train(data, tmp_path / "run", "--lr", "0.5") == 2
+    assert (tmp_path / "run/config.json").exists()
+    assert train(data, tmp_path / "run", "--max-steps", "1") == 0
+    config = json.loads((tmp_path / "run/config.json").read_text("utf-8"))
+    assert config["config"]["optim"]["lr"] != 0.5
+
+
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(data, finished, tmp_path):
     """Stopped in the middle of epoch 1 (4 steps an epoch) and of epoch 0, with other workers."""
     run = tmp_path / "stopped"

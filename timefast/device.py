@@ -34,10 +34,18 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_impl(name: str) -> None:
-    """Raise InputError for an implementation that no op has, before any work is done."""
-    known = {"auto"}.union(*(op.all_impls() for op in OPS.values()))
-    if name not in known:
-        raise InputError(f"--impl {name}: expected {', '.join(sorted(known))}")
+    """Raise InputError, before any work is done, for an implementation that not every op of the
+    models has, or that cannot run on this machine."""
+    asked = f"--impl {name}"
+    if name == "auto":
+        name = os.environ.get("TIMEFAST_IMPL", "auto")
+        asked = f"TIMEFAST_IMPL={name}"
+    ops = [op.all_impls() for key, op in OPS.items() if key not in ("farneback", "flow_labels")]
+    known = set(ops[0]).intersection(*ops[1:])
+    if name != "auto" and name not in known:
+        raise InputError(f"{asked}: expected {', '.join(['auto', *sorted(known)])}")
+    for reason in [] if name == "auto" else ops[0][name].unavailable():
+        raise InputError(f"{asked}: {reason}. Without it each op takes the fastest that runs here")
 
 
 def autocast_for(device: torch.device, precision: str) -> tuple[Callable[[], Any], str]:

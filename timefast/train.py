@@ -128,7 +128,7 @@ def resolve(recipe: str | None, resume: bool, flags: dict[tuple[str, str], Any])
     config = base.replace(flags)
     if out is None:
         out = new_run_name(config.recipe)
-    elif not resume and (stored := stored_config(out)) is not None:
+    elif not resume and newest_checkpoint(out) and (stored := stored_config(out)) is not None:
         refuse_differences(stored, config, out)
         raise InputError(f"{out} already holds this run; add --resume to continue it")
     return config.replace({("run", "out"): out})
