@@ -133,7 +133,6 @@ ADD_LAYER_NORM = register(
             _case("one-token", 1, 5),
             _case("many-rows", 700, 20, drop=(700, 1)),
             _case("empty-batch", 0, 3, 16, drop=(0, 1, 1)),
-            _case("mid", 4, 8, 49, 192, drop=(4, 8, 1, 1), size="mid"),
             _case("paper", 8, 8, 196, 768, drop=(8, 8, 1, 1), size="paper"),
             _case("paper-b64", 64, 8, 196, 768, drop=(64, 8, 1, 1), size="paper"),
         ),
