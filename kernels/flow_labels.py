@@ -57,8 +57,16 @@ def flow_labels(
     frames are brought to the published one (mean and std 0.5) before the flow is computed. A
     uint8 video is taken as the frames themselves, 0..255, and needs no `mean` and `std`.
 
-    `rule` is "minmax" or "tau" (see above); `tau` in pixels at this resolution goes with the second
-    alone. A pair with a NaN in its flow has label 0 everywhere. The result carries no gradient.
+    A patch that moves has label 1..8, the octant of its mean flow clockwise from "right"; one that
+    does not has 0. `rule` says which move: "minmax" (the published code) scales the lengths of a
+    pair's flow so that its slowest patch has 0 and its fastest 100, and takes those from 1 on;
+    "tau" (the paper) takes those from `tau` pixels on, at this resolution. `tau` goes with the
+    second rule alone. A pair with a NaN in its flow has label 0 everywhere. The result carries no
+    gradient.
+
+    `impl` is "auto" ("triton" on CUDA, "cpu" on a CPU), "reference", "triton", "cpu" (OpenCV over a
+    pool of threads), "cv2" (OpenCV on the calling thread) or "cv2_cuda" (OpenCV's CUDA class,
+    whose results differ).
 
     Raises ValueError for wrong shapes or dtypes, a single frame, a height or width that is no
     multiple of `patch_size` or under 11 pixels, an unknown rule, a tau that is missing or does not

@@ -88,6 +88,8 @@ def test_ablation_trains_each_run_once_and_measures_it(tiny_run, tmp_path, monke
         (["--losses", "order"], "--losses: every row and seed sets its own"),
         (["--seed", "1"], "--seed: every row and seed sets its own"),
         (["--seeds", "-1"], "--seeds: expected 0 or more"),
+        (["--seeds", "0", "0"], "--seeds: expected each at most once, got 0 0"),
+        (["--rows", "flow", "flow"], "--rows: expected each at most once, got flow flow"),
         (["--record", "/no/such/folder"], "there is no such folder"),
         (["--recipe", "dmeo"], "there is no such recipe"),
     ],

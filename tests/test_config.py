@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from timefast.config import (
     sections,
 )
 from timefast.errors import InputError
+from timefast.failures import LEAST_BUDGET
 from timefast.recipes import RECIPES, get_recipe
+from timefast.run_folder import stored_config
 
 
 def parse(*argv):
@@ -90,6 +93,8 @@ def test_impossible_values_name_the_flag():
         ("--smoothing-order", "1"), ("--smoothing-class", "-0.1"), ("--weight-flow", "-1"),
         ("--flow-tau", "-1"), ("--mlp-ratio", "0"), ("--frames", "1"), ("--views", "1x2"),
         ("--views", "0x1"), ("--workers", "-1"), ("--max-bad-fraction", "2"),
+        ("--short-side", "60,76"), ("--short-side", "76,64"), ("--test-short-side", "60"),
+        ("--losses", "order,order"), ("--rand-augment", "foo"),
         ("--max-bad-in-a-row", "0"), ("--out", ""), ("--data", ""), ("--seed", "-1"),
     ],
 )  # fmt: skip
@@ -100,6 +105,11 @@ def test_values_that_cannot_work_are_refused_before_any_work(flag, value, capsys
         assert refused.value.code == 2 and flag in capsys.readouterr().err
     else:
         assert str(refused.value).startswith(flag)
+
+
+def test_rand_augment_says_how_to_switch_it_off():
+    with pytest.raises(InputError, match="'foo' is not understood.*; none switches it off$"):
+        RECIPES["demo"]().replace(parse("--rand-augment", "foo"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -151,6 +161,21 @@ def test_a_stored_field_that_nobody_knows_is_refused():
     values["optim"]["momentum"] = 0.9
     with pytest.raises(InputError, match="momentum"):
         TrainConfig.from_dict(values)
+
+
+def test_a_stored_configuration_says_what_it_lacks(tmp_path):
+    for stored, missing in (({"a": 1}, "config"), ({"config": {}}, "recipe")):
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        with pytest.raises(InputError, match=f"it has no entry '{missing}'; choose another --out"):
+            stored_config(tmp_path)
+
+
+def test_the_least_number_of_bad_videos_is_told():
+    said = f"more than {LEAST_BUDGET}"
+    file = Path(__file__).parent.parent / "docs/data.md"
+    parser = Parser()
+    add_flags(parser)
+    assert said in " ".join(parser.format_help().split()) and said in file.read_text("utf-8")
 
 
 def test_help_of_every_flag_is_written():

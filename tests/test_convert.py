@@ -87,6 +87,17 @@ def test_a_file_that_cannot_tell_the_heads_is_warned_of(tmp_path, capsys):
     assert "2 attention heads of width 16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("backbone", ["motionformer", "xvit"])
+@pytest.mark.parametrize("side", [32, 224])
+def test_a_file_that_cannot_tell_the_image_size_is_warned_of(tmp_path, capsys, backbone, side):
+    model = small(backbone, image_size=side, table_size=224, heads=2)
+    save_file(model.state_dict(), tmp_path / "in.safetensors")
+    flags = ["--heads", "2", "--image-size", str(side), str(side), "--to", backbone]
+    assert main([str(tmp_path / "in.safetensors"), str(tmp_path / "out.pth"), *flags]) == 0
+    told = "takes them for 224 x 224 unless told otherwise (here: --image-size 32 32)"
+    assert (told in capsys.readouterr().err) == (side == 32)
+
+
 def test_xvit_of_the_original_project_has_other_names():
     state = small("xvit", time_heads=False).state_dict()
     foreign = to_xvit(state)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from timefast.data.batch import Batch, Failure, Record, VideoSet
+from timefast.device import pick_device
+from timefast.errors import InputError
 from timefast.eval.__main__ import main
 from timefast.eval.accuracy import Predictions, predict, protocol, summarise
 
@@ -244,9 +246,11 @@ def test_no_headline_number_when_videos_are_missing(run, tmp_path, capsys):
     assert main([str(run), "--data", str(broken), "--workers", "0"]) == 2
     said = capsys.readouterr()
     assert "1 of 12 videos" in said.err and "top-1" not in said.out
-    assert main([str(run), "--data", str(broken), "--workers", "0", "--allow-missing"]) == 0
-    said = capsys.readouterr().out
-    assert "11/12" in said and "*" in said
+    more = ["--shuffled", "--reversed", "--single-frame"]
+    assert main([str(run), "--data", str(broken), "--workers", "0", "--allow-missing", *more]) == 0
+    row = next(x for x in capsys.readouterr().out.splitlines() if "11/12" in x)
+    numbers = row.replace(" ±", "±").split()[2:]
+    assert len(numbers) == 9 and all(number.endswith("*") for number in numbers)
 
 
 @pytest.mark.parametrize(
@@ -267,3 +271,9 @@ def test_wrong_input_ends_with_2(run, flags, capsys):
         code = exit_.code
     assert code == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps"])
+def test_a_device_that_cannot_be_used_is_told_which_can(name):
+    with pytest.raises(InputError, match=f"^--device {name}: expected auto, cpu, cuda or cuda:<"):
+        pick_device(name)

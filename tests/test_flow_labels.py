@@ -271,3 +271,9 @@ def test_all_implementations_agree_on_the_cases(case):
         different = flow_labels(video, **options, impl=impl) != expected
         assert different.sum() <= 0.005 * expected.numel()
     assert expected.any()
+
+
+def test_the_help_tells_rules_and_implementations():
+    words = flow_labels.__doc__
+    assert "see above" not in words
+    assert all(f'"{name}"' in words for name in ("auto", *flow_labels_op.all_impls()))

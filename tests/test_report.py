@@ -243,12 +243,13 @@ def test_minimal_config_is_enough(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", '{"recipe": "de', "[1, 2]"])
-def test_folder_without_readable_config_is_refused(tmp_path, text):
+def test_folder_without_readable_config_is_refused(tmp_path, text, capsys):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=r"config\.json"):
         report.write_report(tmp_path)
     assert report.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}")
 
 
 def test_missing_and_non_finite_numbers_do_not_break_a_page():

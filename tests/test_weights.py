@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -352,3 +353,31 @@ def test_image_weights_without_network_give_one_line(monkeypatch):
         load_imagenet(small(), "imagenet")
     assert "\n" not in str(error.value)
     assert set(asked) == {("timm/vit_base_patch16_224.orig_in21k_ft_in1k", "model.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("imagnet", "; did you mean imagenet?"), ("vit_base_patch16_224", "; Give")]
+)
+def test_a_name_that_nobody_knows_is_refused_without_network(monkeypatch, name, hint):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(InputError, match=f"^initial weights '{name}': .*{re.escape(hint)}"):
+        load_imagenet(small(), name)
+
+
+@pytest.mark.parametrize("name", ["some.tag", "owner/name"])
+def test_names_of_the_hub_are_asked_for(monkeypatch, tmp_path, name):
+    torch.save(image_state(), tmp_path / "vit.pth")
+    asked = []
+
+    def download(name, file, **keywords):
+        asked.append(name)
+        return tmp_path / "vit.pth"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    load_imagenet(small(), name)
+    assert asked == [name if "/" in name else f"timm/{name}"]
+
+
+def test_a_width_that_does_not_tell_the_heads_names_keyword_and_flag():
+    with pytest.raises(InputError, match=r"pass heads= \(a command: --heads\)$"):
+        load_model(state())

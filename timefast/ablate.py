@@ -88,6 +88,11 @@ def run(args: Namespace) -> int:
             raise InputError(f"--{name}: every row and seed sets its own; see --rows and --seeds")
     if any(seed < 0 for seed in args.seeds):
         raise InputError(f"--seeds: expected 0 or more, got {min(args.seeds)}")
+    for name in ("seeds", "rows"):
+        given = getattr(args, name)
+        if len(set(given)) < len(given):
+            listed = " ".join(map(str, given))
+            raise InputError(f"--{name}: expected each at most once, got {listed}")
     if distributed.world_size() > 1 and not args.plan:
         raise InputError(
             "one process trains run after run here; with torchrun start the commands that --plan "
@@ -100,7 +105,7 @@ def run(args: Namespace) -> int:
     out = given_out or Path("runs") / f"ablate-{config.recipe}"
     plans = [
         Plan.of(config, flags, losses, seed, out)
-        for seed in dict.fromkeys(args.seeds)
+        for seed in args.seeds
         for losses in ROWS
         if losses in args.rows
     ]

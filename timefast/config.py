@@ -92,7 +92,9 @@ class DataConfig:
     rand_augment: str | None = _flag("rand-m20-mstd0.5-inc1", "RandAugment, or none")
     pipeline: Literal["auto", "dali", "cpu"] = _flag("auto", "who decodes")
     workers: int | None = _flag(None, "decoding processes (default: from the number of cores)")
-    max_bad_fraction: float = _flag(0.01, "stop when more of the videos than this are unusable")
+    max_bad_fraction: float = _flag(
+        0.01, "stop when more of the videos than this, and more than 10, are unusable"
+    )
     max_bad_in_a_row: int = _flag(50, "stop when this many videos in a row are unusable")
 
     def __post_init__(self) -> None:
@@ -122,6 +124,8 @@ class MethodConfig:
     def __post_init__(self) -> None:
         if (self.flow_rule == "tau") != (self.flow_tau is not None):
             _reject(self, "flow_tau", "a number with flow_rule=tau, none with minmax")
+        if len(set(self.losses)) < len(self.losses):
+            _reject(self, "losses", "each loss at most once")
         _at_least(self, 0, "flow_tau", "weight_order", "weight_debias", "weight_flow")
         _share(self, "smoothing_class", "smoothing_order", "smoothing_flow")
 
@@ -226,6 +230,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if "flow" in self.method.losses and self.model.frames < 2:
             _reject(self.model, "frames", "at least 2 with the flow loss")
+        crop, (low, high) = self.model.image_size, self.data.short_side
+        if not crop <= low <= high:
+            _reject(self.data, "short_side", f"low,high with image_size={crop} <= low <= high")
+        if self.data.test_short_side < crop:
+            _reject(self.data, "test_short_side", f"at least image_size={crop}")
+        if self.data.rand_augment is not None:
+            from timefast.data.augment import parse_rand_augment  # late: it imports torch
+
+            try:
+                parse_rand_augment(self.data.rand_augment)
+            except InputError as error:
+                raise InputError(f"--rand-augment: {error}; none switches it off") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as config.json stores them."""

@@ -486,6 +486,7 @@ def write_converted(source: Path, dest: Path, to: str | None, **options: Any) ->
     if to in ("motionformer", "xvit"):
         foreign |= unread
     _warn_of_normalisation(model, to)
+    _warn_of_image_size(model, to)
     heads, width = model.config["heads"], model.config["dim"]
     if to != "hf" and heads * 64 != width:
         logger.warning(
@@ -534,6 +535,20 @@ def _warn_of_normalisation(model: Any, to: str) -> None:
             "this model wants clips normalised with mean %s and std %s, but %s uses mean %s, std "
             "%s and its files cannot say otherwise: tell whoever loads it",
             ours["mean"], ours["std"], to, mean, std,
+        )  # fmt: skip
+
+
+def _warn_of_image_size(model: Any, to: str) -> None:
+    """Loaders take the size of the position table, which need not be that of the images: some
+    backbones resize it as they run."""
+    size, patch = model.config["image_size"], model.config["patch_size"]
+    height, width = (side * patch for side in grid_of(size, patch))
+    told = [side * patch for side in model.grid]
+    if told != [height, width]:
+        logger.warning(
+            "this model is for images of %d x %d pixels, which files of %s cannot say; whoever "
+            "loads it takes them for %d x %d unless told otherwise (here: --image-size %d %d)",
+            height, width, to, *told, height, width,
         )  # fmt: skip
 
 

@@ -20,9 +20,11 @@ from timefast.methods.time_ssl import TimeMethod
 def check_cuda_graphs(asked: bool, device: torch.device) -> None:
     """Raise InputError if graphs are asked for where this run could not replay them."""
     if asked and distributed.world_size() > 1:
-        raise InputError(f"--cuda-graphs: expected one process, got {distributed.world_size()}")
+        raise InputError(
+            f"--cuda-graphs: expected one process, got {distributed.world_size()}; leave it out"
+        )
     if asked and device.type != "cuda":
-        raise InputError(f"--cuda-graphs: expected a CUDA device, got {device}")
+        raise InputError(f"--cuda-graphs: expected a CUDA device, got {device}; leave it out")
 
 
 class GraphedMethod(nn.Module):

@@ -15,12 +15,13 @@ def pick_device(name: str) -> torch.device:
     """The device named; "auto" is CUDA where torch sees it. Raises InputError for one not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    expected = f"--device {name}: expected auto, cpu, cuda or cuda:<number>"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"--device {name}: not a device torch knows") from error
+        raise InputError(expected) from error
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:<number>")
+        raise InputError(expected)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"--device {name}: torch {torch.__version__} sees no CUDA device here; "

@@ -46,17 +46,18 @@ def during(name: str) -> Iterator[None]:
 
 class StepProfiler:
     """Watches some steps after the first ones and writes `trace.json` (for Perfetto or
-    chrome://tracing) and `parts.txt` to `folder`. Without a folder it does nothing."""
+    chrome://tracing) and `parts.txt` to `folder`, once. Without a folder it does nothing."""
 
     def __init__(self, folder: Path | None, device: torch.device):
         self.folder, self.cuda = folder, device.type == "cuda"
         self._steps = 0
+        self._closed = False
         self._profile: Any = None
 
     def end_step(self) -> None:
         """Called between two steps."""
         self._steps += 1
-        if self.folder is None:
+        if self.folder is None or self._closed:
             return
         if self._steps == WARM_UP:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
@@ -66,13 +67,19 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Write what was seen; a run that ends early is written with the steps it had."""
-        if self._profile is None or self.folder is None:
+        """Called before evaluations and at the end: write what was seen, however few steps."""
+        if self.folder is None or self._closed or not self._steps:
             return
+        self._closed = True
         seen, self._profile = self._profile, None
-        seen.stop()
-        steps = min(self._steps - WARM_UP, MEASURED)
-        if not steps:
+        if seen is not None:
+            seen.stop()
+        steps = self._steps - WARM_UP
+        if seen is None or not steps:
+            logger.warning(
+                "no profile was written: it needs at least %d steps before the first evaluation, "
+                "there were %d", WARM_UP + 1, self._steps,
+            )  # fmt: skip
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         seen.export_chrome_trace(str(self.folder / "trace.json"))

@@ -9,7 +9,6 @@ depend on it.
 
 import argparse
 import json
-import logging
 import os
 import statistics
 import sys
@@ -30,8 +29,6 @@ from timefast.report_charts import (
     probe_chart,
 )
 from timefast.report_clips import ClipStrip, clip_strips
-
-logger = logging.getLogger("timefast")
 
 BACKBONES = {"timesformer": "TimeSformer", "motionformer": "Motionformer", "xvit": "X-ViT"}
 
@@ -333,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path = write_report(arguments.run_dir)
     except InputError as error:
-        logger.error("%s", error)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     sys.stdout.write(f"{path}\n")
     return 0

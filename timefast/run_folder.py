@@ -87,7 +87,12 @@ def stored_config(path: Path) -> TrainConfig | None:
         return None
     try:
         return TrainConfig.from_dict(json.loads(file.read_text("utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise InputError(
+            f"{file} is not the configuration of a run: it has no entry {error}; choose another "
+            "--out"
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{file} cannot be read ({error}); choose another --out") from error
 
 

@@ -5,6 +5,7 @@ from, left at its initialisation, unexpected. Nothing that is read is ever execu
 """
 
 import argparse
+import difflib
 import hashlib
 import json
 import logging
@@ -350,6 +351,14 @@ def _find_imagenet(source: str | Path) -> tuple[Path, str]:
         return Path(source), str(source)
     if isinstance(source, Path) or source.endswith((".safetensors", ".pth", ".pt", ".bin")):
         raise InputError(f"{source}: there is no such file to take initial weights from")
+    if source != "imagenet" and "/" not in source and "." not in source:
+        near = difflib.get_close_matches(source, ("imagenet", "none"), 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(
+            f"initial weights {source!r}: there is no such file or name; {hint}Give imagenet, a "
+            "timm name with its tag (vit_base_patch16_224.augreg_in1k), a hub id (owner/name) or a "
+            "file; --weights also takes none"
+        )
     name = IMAGENET if source == "imagenet" else source
     name = name if "/" in name else f"timm/{name}"
     from huggingface_hub import hf_hub_download
@@ -449,7 +458,7 @@ def _with_heads(config: dict[str, Any], name: str) -> dict[str, Any]:
     if config["dim"] % 64:
         raise InputError(
             f"{name}: width {config['dim']} does not tell how many attention heads it has; pass "
-            "heads="
+            "heads= (a command: --heads)"
         )
     return {**config, "heads": config["dim"] // 64}
 

@@ -221,9 +221,6 @@ def protocol(
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """A plain-text table of `summarise` results, one row per subset, without empty columns."""
 
-    def number(value: float | None, digits: int = 1) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
     head = (
         "", "videos", "top-1", "top-5", "shuffled", "top-5", "gap", "reversed", "one frame",
         "confidence", "shuffled conf.",
@@ -231,13 +228,18 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [head]
     for name, r in rows.items():
         mark = "" if not r["videos_failed"] else "*"
-        spread = r["shuffled_top1_spread"]
+
+        def number(value: float | None, digits: int = 1, after: str = mark) -> str:
+            return "" if value is None else f"{value:.{digits}f}{after}"
+
+        spread = number(r["shuffled_top1_spread"])
         lines.append((
             name,
             f"{r['videos_evaluated']}/{r['videos_expected']}",
-            (number(r["top1"]) or "-") + mark,
-            (number(r["top5"]) or "-") + mark,
-            number(r["shuffled_top1"]) + (f" ±{spread:.1f}" if spread is not None else ""),
+            number(r["top1"]) or f"-{mark}",
+            number(r["top5"]) or f"-{mark}",
+            f"{number(r['shuffled_top1'], after='')} ±{spread}" if spread
+            else number(r["shuffled_top1"]),
             number(r["shuffled_top5"]),
             number(r["gap"]),
             number(r["reversed_top1"]),
