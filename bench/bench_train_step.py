@@ -90,6 +90,7 @@ if ON_GPU:
     OPTIONS["--cuda-graphs"] = Form(graphed=True)
 else:
     OPTIONS["--precision bf16"] = Form(bf16=True)
+    OPTIONS["--precision bf16 --compile"] = Form(bf16=True, compiled=True)
 WITHOUT_TIME = ("published form", "+ fused AdamW (timefast)")
 
 

@@ -45,7 +45,7 @@ def time_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -
 
 def time_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     if native.takes(q, k, v, keys=q.shape[1], width=q.shape[4]):
-        return native.Attention.apply(q, k, v, scale, (0, 2, 3, 1, 4))[0]
+        return native.attention(q, k, v, scale, (0, 2, 3, 1, 4))[0]
     # Positions and heads share a dimension: a batch of B * N can exceed a CUDA grid's 65,535.
     places = q.shape[2:4]
     q, k, v = (x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))  # [B, N*H, T, D]
@@ -84,7 +84,7 @@ def space_attention_cpu(
 ) -> tuple[Tensor, Tensor]:
     if native.takes(q, k, v, cls_q, cls_k, cls_v, keys=1 + q.shape[2], width=q.shape[4]):
         cls = cls_q, cls_k, cls_v
-        out, cls_frames = native.Attention.apply(q, k, v, scale, (0, 1, 3, 2, 4), 0, *cls)
+        out, cls_frames = native.attention(q, k, v, scale, (0, 1, 3, 2, 4), cls=cls)
     else:
         frames = q.shape[:2]
         tokens = (_with_class(*pair) for pair in ((q, cls_q), (k, cls_k), (v, cls_v)))

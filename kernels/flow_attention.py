@@ -35,8 +35,8 @@ def pairwise_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: floa
 
 def pairwise_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     if native.takes(q, k, v, keys=q.shape[2], width=q.shape[3]):
-        one_head = (x[:, :, None] for x in (q, k, v))
-        return native.Attention.apply(*one_head, scale, (0, 1, 2, 3, 4))[0][:, :, 0]
+        q, k, v = (x[:, :, None] for x in (q, k, v))  # one head
+        return native.attention(q, k, v, scale, (0, 1, 2, 3, 4))[0][:, :, 0]
     return library_attention(q, k, v, scale)
 
 

@@ -48,17 +48,17 @@ class _Along(ctypes.Structure):
     ]
 
 
+@torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """Why native.c cannot run on this machine; None if it can. Compiles it if need be."""
     return _library()[1]
 
 
 def takes(*tensors: Tensor, keys: int, width: int) -> bool:
-    """Whether the C loops take these inputs; they are not traced, nor differentiated twice."""
+    """Whether the C loops take these inputs; they are not differentiated twice, nor exported."""
     return (
         _enabled
-        and not torch.compiler.is_compiling()
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
+        and not _recorded()
         and keys * max(width, 16) <= MAX_KEYS
         and all(
             x.device.type == "cpu"
@@ -68,6 +68,13 @@ def takes(*tensors: Tensor, keys: int, width: int) -> bool:
         )
         and why_not() is None
     )
+
+
+def _recorded() -> bool:
+    """Whether operations are written down for elsewhere: torch.export, make_fx."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 @contextlib.contextmanager
@@ -81,7 +88,15 @@ def disabled() -> Iterator[None]:
         _enabled = before
 
 
-class Attention(torch.autograd.Function):
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    order: tuple[int, ...],
+    fold: int = 0,
+    cls: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Any]:
     """softmax(scale * q k^T) v over the last dimensions of x.permute(order), [n0, n1, n2, S, D].
 
     `cls`, if given, are class tokens [n0, n2, D] of q, k and v, the first row of all sequences of
@@ -89,6 +104,14 @@ class Attention(torch.autograd.Function):
     Channels of keys and values, counted over n2: the first `fold` are those of the next sequence
     along n1, as many after them those of the one before, with zeros beyond the ends.
     """
+    if not torch.compiler.is_compiling():
+        return _Attention.apply(q, k, v, scale, order, fold, *cls)
+    out, cls_out, _ = _attention_op(q, k, v, *(cls or (None,) * 3), scale, order, fold)
+    return out, cls_out if cls else None
+
+
+class _Attention(torch.autograd.Function):
+    """`attention`, with less to do for each call than an operator has."""
 
     @staticmethod
     def forward(
@@ -98,14 +121,10 @@ class Attention(torch.autograd.Function):
         v: Tensor,
         scale: float,
         order: tuple[int, ...],
-        fold: int = 0,
+        fold: int,
         *cls: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        out = q.new_empty(q.shape)
-        cls_out = _cls_like(q, order) if cls else None
-        # probabilities are kept where they are fewer than q: else forming them again is no slower
-        few = q.shape[order[3]] + bool(cls) <= q.shape[order[4]] and any(ctx.needs_input_grad)
-        kept = room_to_keep(q, k, order, bool(cls)) if few else None
+        out, cls_out, kept = _results(q, k, cls, order, any(ctx.needs_input_grad))
         run_attention((q, k, v, out), (*cls, cls_out), scale, order, fold=fold, kept=kept)
         ctx.save_for_backward(q, k, v, kept, *cls)
         ctx.scale, ctx.order, ctx.fold = scale, order, fold
@@ -115,19 +134,146 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_cls: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, kept, *cls = ctx.saved_tensors
-        grads = [q.new_empty(q.shape) for _ in range(3)]
-        of_cls = [_cls_like(q, ctx.order) for _ in cls]
-        given, of_class = (q, k, v, grad, *grads), (*cls, grad_cls, *of_cls)
-        run_attention(given, of_class, ctx.scale, ctx.order, fold=ctx.fold, kept=kept)
-        # a class token is in all sequences along n1: its gradient is the sum over them
-        return *grads, None, None, None, *(x.sum(1).to(q.dtype) for x in of_cls)
+        grads, of_cls = _gradients(
+            grad, grad_cls, q, k, v, cls, kept, ctx.scale, ctx.order, ctx.fold
+        )
+        return *grads, None, None, None, *of_cls
 
 
-def _cls_like(q: Tensor, order: tuple[int, ...]) -> Tensor:
+def _results(
+    q: Tensor, k: Tensor, cls: Sequence[Tensor], order: Sequence[int], again: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Room for the outputs, and for the probabilities if they are wanted `again` and fewer than q:
+    else forming them again is no slower."""
+    few = q.shape[order[3]] + bool(cls) <= q.shape[order[4]]
+    kept = room_to_keep(q, k, order, bool(cls)) if few and again else None
+    return q.new_empty(q.shape), _cls_like(q, order) if cls else None, kept
+
+
+def _gradients(
+    grad: Tensor,
+    grad_cls: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls: Sequence[Tensor],
+    kept: Tensor | None,
+    scale: float,
+    order: Sequence[int],
+    fold: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of q, k, v, and of their class tokens."""
+    grads = [q.new_empty(q.shape) for _ in range(3)]
+    of_cls = [_cls_like(q, order) for _ in cls]
+    given, of_class = (q, k, v, grad, *grads), (*cls, grad_cls if cls else None, *of_cls)
+    run_attention(given, of_class, scale, order, fold=fold, kept=kept)
+    # a class token is in all sequences along n1: its gradient is the sum over them
+    return grads, [x.sum(1).to(q.dtype) for x in of_cls]
+
+
+@torch.library.custom_op("timefast::cpu_attention", mutates_args=())
+def _attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor | None,
+    cls_k: Tensor | None,
+    cls_v: Tensor | None,
+    scale: float,
+    order: Sequence[int],
+    fold: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention` as torch.compile takes it, whole. An output that there is not is empty."""
+    cls = _given(cls_q, cls_k, cls_v)
+    out, cls_out, kept = _results(q, k, cls, order, True)
+    run_attention((q, k, v, out), (*cls, cls_out), scale, order, fold=fold, kept=kept)
+    return out, _or_empty(cls_out, q), _or_empty(kept, q)
+
+
+@_attention_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor | None,
+    cls_k: Tensor | None,
+    cls_v: Tensor | None,
+    scale: float,
+    order: Sequence[int],
+    fold: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, cls_out, kept = _results(q, k, _given(cls_q, cls_k, cls_v), order, True)
+    return out, _or_empty(cls_out, q), _or_empty(kept, q)
+
+
+@torch.library.custom_op("timefast::cpu_attention_backward", mutates_args=())
+def _attention_backward_op(
+    grad: Tensor,
+    grad_cls: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor | None,
+    cls_k: Tensor | None,
+    cls_v: Tensor | None,
+    kept: Tensor,
+    scale: float,
+    order: Sequence[int],
+    fold: int,
+) -> list[Tensor]:
+    cls = _given(cls_q, cls_k, cls_v)
+    probabilities = kept if kept.numel() else None
+    grads, of_cls = _gradients(grad, grad_cls, q, k, v, cls, probabilities, scale, order, fold)
+    return [*grads, *of_cls]
+
+
+@_attention_backward_op.register_fake
+def _(
+    grad: Tensor,
+    grad_cls: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cls_q: Tensor | None,
+    cls_k: Tensor | None,
+    cls_v: Tensor | None,
+    kept: Tensor,
+    scale: float,
+    order: Sequence[int],
+    fold: int,
+) -> list[Tensor]:
+    cls = _given(cls_q, cls_k, cls_v)
+    return [q.new_empty(q.shape) for _ in range(3)] + [x.new_empty(x.shape) for x in cls]
+
+
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x
+
+
+def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(x for x in tensors if x is not None)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scale, ctx.order, ctx.fold = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _backward(ctx: Any, grad: Tensor, grad_cls: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attention_backward_op(
+        grad, grad_cls, *ctx.saved_tensors, ctx.scale, ctx.order, ctx.fold
+    )
+    return *grads, *[None] * (9 - len(grads))
+
+
+_attention_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _cls_like(q: Tensor, order: Sequence[int]) -> Tensor:
     return q.new_empty([q.shape[i] for i in (*order[:3], 4)], dtype=torch.float32)
 
 
-def room_to_keep(q: Tensor, k: Tensor, order: tuple[int, ...], cls_rows: int = 0) -> Tensor:
+def room_to_keep(q: Tensor, k: Tensor, order: Sequence[int], cls_rows: int = 0) -> Tensor:
     """Where `run_attention` keeps the probabilities between forward and backward."""
     n0, n1, n2, row, _ = order
     lanes = _library()[0].lanes()
@@ -140,7 +286,7 @@ def run_attention(
     tensors: Sequence[Tensor],
     cls: Sequence[Tensor | None],
     scale: float,
-    order: tuple[int, ...],
+    order: Sequence[int],
     *,
     fold: int = 0,
     shared: bool = False,

@@ -47,7 +47,7 @@ def shift_attention_cpu(q: Tensor, k: Tensor, v: Tensor, *, shift_div: int, scal
     tokens, heads, width = q.shape[2:]
     fold = heads * width // shift_div
     if native.takes(q, k, v, keys=tokens, width=width):
-        return native.Attention.apply(q, k, v, scale, (0, 1, 3, 2, 4), fold)[0]
+        return native.attention(q, k, v, scale, (0, 1, 3, 2, 4), fold)[0]
     k, v = _shifted(k, shift_div), _shifted(v, shift_div)
     frames = q.shape[:2]
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B*T, H, S, D]

@@ -95,7 +95,8 @@ def attend_along(
 
 def trajectory_attention_cpu(*args: Any, values: str, scale: float) -> tuple[Tensor, Tensor]:
     q, given = args[0], [x for x in args if x is not None]
-    native_takes = native.takes(*given, keys=q.shape[2], width=q.shape[4])
+    traced = torch.compiler.is_compiling()
+    native_takes = not traced and native.takes(*given, keys=q.shape[2], width=q.shape[4])
     if native_takes and len(q) and q.shape[4] % native.lanes() == 0:
         return _Native.apply(*args, values == "projected", scale)
     return _portable(*args, projected=values == "projected", scale=scale)

@@ -327,6 +327,22 @@ def test_a_tracer_sees_operations_it_can_record(name, calls):
     torch.testing.assert_close(traced(*others), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [x for x in SHAPES if x != "trajectory_attention"])
+def test_a_compiled_function_keeps_the_loops(name, calls):
+    torch._dynamo.reset()
+    args = [x.requires_grad_() for x in inputs(name)]
+    compiled = torch.compile(getattr(ops, name), backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (compiled, getattr(ops, name)):
+        calls.clear()
+        out = function(*args, impl="cpu")
+        out = out if isinstance(out, tuple) else (out,)
+        grads = torch.autograd.grad(out, args, [y.detach().cos() for y in out])
+        results.append([*out, *grads])
+        assert calls == ["attend", "attend_backward"]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def falls_back(caplog):
     """The op gives what it should without C loops; returns what was said about it, once."""
     args = inputs("time_attention")
