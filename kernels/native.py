@@ -48,10 +48,14 @@ class _Along(ctypes.Structure):
     ]
 
 
-@torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """Why native.c cannot run on this machine; None if it can. Compiles it if need be."""
     return _library()[1]
+
+
+# torch.compile calls it instead of looking inside. torch.compiler.assume_constant_result sets the
+# same mark, and imports torch._dynamo for it.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def takes(*tensors: Tensor, keys: int, width: int) -> bool:
