@@ -190,6 +190,8 @@ def _attention_op(
     """`attention` as torch.compile takes it, whole. An output that there is not is empty."""
     cls = _given(cls_q, cls_k, cls_v)
     out, cls_out, kept = _results(q, k, cls, order, True)
+    if kept is not None:
+        kept.zero_()  # an operator's outputs repeat, also in the lanes behind the last query
     run_attention((q, k, v, out), (*cls, cls_out), scale, order, fold=fold, kept=kept)
     return out, _or_empty(cls_out, q), _or_empty(kept, q)
 

@@ -343,6 +343,15 @@ def test_a_compiled_function_keeps_the_loops(name, calls):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("tokens", [5, 40], ids=["kept", "formed-again"])  # probabilities
+def test_the_operator_keeps_to_its_contract(tokens, classes, calls):
+    q, k, v = (torch.randn(2, 3, tokens, 2, 24, requires_grad=True) for _ in range(3))
+    cls = [torch.randn(2, 2, 24, requires_grad=True) if classes else None for _ in range(3)]
+    arguments = (q, k, v, *cls, 0.3, [0, 1, 3, 2, 4], 0)
+    torch.library.opcheck(native._attention_op, arguments)
+
+
 def falls_back(caplog):
     """The op gives what it should without C loops; returns what was said about it, once."""
     args = inputs("time_attention")
