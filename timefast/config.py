@@ -181,7 +181,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
         "auto", "auto: bf16 on a GPU, fp32 on a CPU"
     )
-    impl: str = _flag("auto", "implementation of the ops")
+    impl: str = _flag("auto", "implementation of the ops: auto, triton, cpu or reference")
     compile: bool = _flag(False, "torch.compile the backbone")
     cuda_graphs: bool = _flag(
         False, "capture forward and backward of a full batch as CUDA graphs and replay them"

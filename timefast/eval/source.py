@@ -52,7 +52,11 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
-    parser.add_argument("--impl", default="auto", help="implementation of the ops")
+    parser.add_argument(
+        "--impl",
+        default="auto",
+        help="implementation of the ops: auto, triton, cpu or reference",
+    )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
